@@ -1,0 +1,22 @@
+/* fault.h: faults on purpose, for tests: SELECTRA_FAULT=rank:phase:step:kind[,...]
+ *
+ * Phases: data, forward, backward, reduce, optimizer, validate, save.
+ * Kinds: kill (SIGKILL to itself), stop (SIGSTOP), sleep (30 s), term (SIGTERM
+ * to itself), nan (the caller spoils a number), enospc (the caller's next write
+ * fails as on a full disk).
+ */
+#ifndef SEL_CORE_BASE_FAULT_H
+#define SEL_CORE_BASE_FAULT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "core/base/error.h"
+
+/* Reads SELECTRA_FAULT for this rank, once; SEL_EUSER names what it cannot read. */
+sel_status sel_fault_init(int rank);
+
+/* Says where the rank is.  Acts out kill, stop, sleep and term itself; for nan and
+   enospc returns true where `kind` is that word and the fault is due now. */
+bool sel_fault(const char *phase, int64_t step, const char *kind);
+
+#endif

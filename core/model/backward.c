@@ -1,0 +1,74 @@
+/* backward.c: the gradient of one micro-batch, by hand, from the last layer to the first. */
+#include "core/model/plan.h"
+
+#include <string.h>
+
+/* m->dx holds the gradient of the layer's output and leaves as that of its input. */
+static sel_status backward_layer(sel_model *m, const float *params, float *grads, int64_t l, int64_t batch, int64_t n,
+                                 double memory_scale)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
+    const sel_layer_offsets *o = &m->layout->layers[l];
+    const sel_layer_linears *w = &m->linears[l];
+    const sel_kept *k = &m->kept[l];
+    const int64_t T = batch * n, D = d->D, q = q_width(d), kv = kv_width(d), qk_row = q + kv, qkv_row = qkv_width(d);
+    const int threads = m->opt.threads;
+
+    /* feed-forward half: gate, up and the norm's output are rebuilt or kept; silu(gate) * up comes with its gradient */
+    SEL_TRY(sel_linear_backward_input(w->down_proj, T, m->dx, D, m->da, d->F));
+    ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
+    SEL_TRY(sel_linear_backward_weight(w->down_proj, T, m->dx, D, m->act, d->F, grads + o->down_proj));
+    SEL_TRY(sel_linear_backward_input(w->gate_up, T, m->dgu, 2 * d->F, m->dh, D));
+    ops->rmsnorm_forward(m->h, NULL, k->x_mid, params + o->ffn_norm, T, D, threads);
+    SEL_TRY(sel_linear_backward_weight(w->gate_up, T, m->dgu, 2 * d->F, m->h, D, grads + o->gate_up));
+    ops->rmsnorm_backward(m->dx, grads + o->ffn_norm, m->dh, k->x_mid, k->rstd2, params + o->ffn_norm, m->partial, T, D,
+                          threads);
+
+    /* attention half */
+    SEL_TRY(sel_linear_backward_input(w->o_proj, T, m->dx, D, m->datt, q));
+    SEL_TRY(sel_linear_backward_weight(w->o_proj, T, m->dx, D, k->att, q, grads + o->o_proj));
+    sel_model_norm_qk(m, params, l, T, NULL, NULL);
+    const sel_attention a = sel_model_attention(m, l, batch, n);
+    const sel_attention_grad g = {
+        .dout = m->datt,
+        .dq = m->dqkv, .dq_seq = n * qkv_row, .dq_row = qkv_row,
+        .dk = m->dqkv + q, .dk_seq = n * qkv_row, .dk_row = qkv_row,
+        .dv = m->dqkv + qk_row, .dv_seq = n * qkv_row, .dv_row = qkv_row,
+        .memory_coef = (float)(memory_scale / ((double)(d->L * n) * m->opt.attention.tau)),
+    };
+    ops->attention_backward(&a, &g);
+    ops->headnorm_backward(m->dqkv, qkv_row, grads + o->q_norm, m->dqkv, qkv_row, k->qkv, qkv_row, k->rstd_q,
+                           params + o->q_norm, m->partial, T, d->H, d->dh, threads);
+    ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row, k->rstd_k,
+                           params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
+    SEL_TRY(sel_linear_backward_input(w->qkv, T, m->dqkv, qkv_row, m->dh, D));
+    ops->rmsnorm_forward(m->h, NULL, k->x_in, params + o->attn_norm, T, D, threads);
+    SEL_TRY(sel_linear_backward_weight(w->qkv, T, m->dqkv, qkv_row, m->h, D, grads + o->qkv));
+    ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T, D,
+                          threads);
+    return SEL_OK;
+}
+
+sel_status sel_model_train(sel_model *m, const float *params, float *grads, const int32_t *tokens, int64_t batch,
+                           int64_t n, double loss_scale, double memory_scale,
+                           void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats)
+{
+    const sel_layout *o = m->layout;
+    const sel_dims *d = &o->dims;
+
+    SEL_ASSERT(m->opt.use == SEL_USE_TRAIN);
+    memset(stats, 0, sizeof *stats);
+    SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
+    SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
+    SEL_TRY(sel_model_head(m, params, grads, batch * n, loss_scale, NULL, NULL, stats));
+    if (ready) ready(ctx, o->final_norm, o->total);
+    for (int64_t l = d->L - 1; l >= 0; l--) {
+        SEL_TRY(backward_layer(m, params, grads, l, batch, n, memory_scale));
+        if (ready) ready(ctx, o->layers[l].begin, l + 1 < d->L ? o->layers[l + 1].begin : o->final_norm);
+    }
+    m->opt.ops->embed_backward(grads + o->tok_embed, grads + o->pos_embed, m->dx, m->inputs, batch * n, n, d->D,
+                               m->opt.threads);
+    if (ready) ready(ctx, 0, o->layers[0].begin);
+    return SEL_OK;
+}

@@ -1,0 +1,147 @@
+/* forward.c: tokens to the residual stream after the last layer; scoring; decoding with a cache. */
+#include "core/model/plan.h"
+
+#include <string.h>
+
+sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_attention_options *o = &m->opt.attention;
+    const sel_kept *k = &m->kept[l];
+    const int64_t qk_row = q_width(d) + kv_width(d), qkv_row = qkv_width(d), q_row = q_width(d);
+
+    return (sel_attention){
+        .B = batch, .heads = d->H, .kv_heads = d->Hkv, .dh = d->dh, .i0 = 0, .i1 = n,
+        .selective = o->selective, .relu = o->relu, .protect_bos = o->protect_bos,
+        .protect_self = o->protect_self, .shift = o->shift,
+        .q = m->qk, .q_seq = n * qk_row, .q_row = qk_row,
+        .k = m->qk + q_row, .k_seq = n * qk_row, .k_row = qk_row,
+        .v = k->qkv + q_row + kv_width(d), .v_seq = n * qkv_row, .v_row = qkv_row,
+        .out = k->att, .out_seq = n * q_row, .out_row = q_row,
+        .lse = k->lse, .saved = k->saved,
+        .tau = o->epsilon > 0.0 ? o->tau : 0.0, .m_max = m->m_max, .m_row = k->m_row,
+        .workspace = m->attention, .threads = m->opt.threads,
+    };
+}
+
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_layer_offsets *o = &m->layout->layers[l];
+    const float *qkv = m->kept[l].qkv;
+    const int64_t qk_row = q_width(d) + kv_width(d);
+    const int threads = m->opt.threads;
+
+    m->opt.ops->headnorm_forward(m->qk, qk_row, rstd_q, qkv, qkv_width(d), params + o->q_norm, rows, d->H, d->dh,
+                                 threads);
+    m->opt.ops->headnorm_forward(m->qk + q_width(d), qk_row, rstd_k, qkv + q_width(d), qkv_width(d),
+                                 params + o->k_norm, rows, d->Hkv, d->dh, threads);
+}
+
+/* Attention over the cached tokens and n new ones: their k and v join the cache, F goes on from the carry. */
+static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t kv = kv_width(d), past = m->cached;
+    sel_attention a = sel_model_attention(m, l, batch, n);
+
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t to = (b * d->N + past + i) * kv;
+            memcpy(m->k_cache[l] + to, a.k + b * a.k_seq + i * a.k_row, (size_t)kv * sizeof(float));
+            memcpy(m->v_cache[l] + to, a.v + b * a.v_seq + i * a.v_row, (size_t)kv * sizeof(float));
+        }
+    a.i0 = past;
+    a.i1 = past + n;
+    a.k = m->k_cache[l];
+    a.v = m->v_cache[l];
+    a.k_seq = a.v_seq = d->N * kv;
+    a.k_row = a.v_row = kv;
+    a.carry_in = a.carry_out = m->carry[l];
+    a.carry_seq = d->N;
+    a.tau = 0.0;
+    m->opt.ops->attention_forward(&a);
+}
+
+/* One layer: x += o_proj(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))).  Adds the layer's memory
+   needs, sum over sequences of max M, to *memory. */
+static sel_status forward_layer(sel_model *m, const float *params, int64_t l, int64_t batch, int64_t n, double *memory)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
+    const sel_layer_offsets *o = &m->layout->layers[l];
+    const sel_layer_linears *w = &m->linears[l];
+    sel_kept *k = &m->kept[l];
+    const int64_t T = batch * n, D = d->D;
+    const int threads = m->opt.threads;
+    float *const branch = m->h;   /* a norm's output, then the branch's result */
+
+    if (k->x_in != m->x) memcpy(k->x_in, m->x, (size_t)(T * D) * sizeof(float));
+    ops->rmsnorm_forward(m->h, k->rstd1, m->x, params + o->attn_norm, T, D, threads);
+    SEL_TRY(sel_linear_forward(w->qkv, T, m->h, D, k->qkv, qkv_width(d)));
+    sel_model_norm_qk(m, params, l, T, k->rstd_q, k->rstd_k);
+    if (m->opt.use == SEL_USE_DECODE) {
+        attend_cached(m, l, batch, n);
+    } else {
+        const sel_attention a = sel_model_attention(m, l, batch, n);
+        ops->attention_forward(&a);
+        for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];
+    }
+    SEL_TRY(sel_linear_forward(w->o_proj, T, k->att, q_width(d), branch, D));
+    ops->add(m->x, branch, T * D, threads);
+
+    if (k->x_mid != m->x) memcpy(k->x_mid, m->x, (size_t)(T * D) * sizeof(float));
+    ops->rmsnorm_forward(m->h, k->rstd2, m->x, params + o->ffn_norm, T, D, threads);
+    SEL_TRY(sel_linear_forward(w->gate_up, T, m->h, D, k->gu, 2 * d->F));
+    ops->swiglu_forward(m->act, k->gu, T, d->F, threads);
+    SEL_TRY(sel_linear_forward(w->down_proj, T, m->act, d->F, branch, D));
+    ops->add(m->x, branch, T * D, threads);
+    return SEL_OK;
+}
+
+sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory)
+{
+    const sel_dims *d = &m->layout->dims;
+    double needed = 0.0;
+
+    m->opt.ops->embed_forward(m->x, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed, batch * n,
+                              n, m->cached, d->D, m->opt.threads);
+    for (int64_t l = 0; l < d->L; l++) SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
+    *memory = needed / (double)(d->L * n);
+    return SEL_OK;
+}
+
+sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
+                           double *logp, uint8_t *best, sel_batch_stats *stats)
+{
+    SEL_ASSERT(m->opt.use != SEL_USE_DECODE);
+    memset(stats, 0, sizeof *stats);
+    SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
+    SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
+    return sel_model_head(m, params, NULL, batch * n, 0.0, logp, best, stats);
+}
+
+sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
+                            float *logits)
+{
+    const sel_dims *d = &m->layout->dims;
+    double unused;
+
+    SEL_ASSERT(m->opt.use == SEL_USE_DECODE && batch <= m->opt.batch && n <= m->opt.tokens);
+    if (n > d->N - m->cached)
+        return sel_fail(SEL_EUSER, "%lld tokens do not fit after %lld: the model's context is %lld", (long long)n,
+                        (long long)m->cached, (long long)d->N);
+    for (int64_t i = 0; i < batch * n; i++) {
+        if (tokens[i] < 0 || tokens[i] >= d->V)
+            return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld", tokens[i], (long long)d->V);
+        m->inputs[i] = tokens[i];
+    }
+    SEL_TRY(sel_model_forward(m, params, batch, n, &unused));
+    m->cached += n;
+
+    /* Only the last token's logits are wanted. */
+    for (int64_t b = 0; b < batch; b++)
+        m->opt.ops->rmsnorm_forward(m->h + b * d->D, NULL, m->x + (b * n + n - 1) * d->D,
+                                    params + m->layout->final_norm, 1, d->D, m->opt.threads);
+    return sel_linear_forward(m->lm_head, batch, m->h, d->D, logits, d->V);
+}

@@ -1,0 +1,43 @@
+/* head.c: final norm, output matrix and cross-entropy, a slice of rows at a time: the logits of all
+ * rows never exist together, and their gradient is made while they are in cache.
+ */
+#include "core/model/plan.h"
+
+#include <string.h>
+
+sel_status sel_model_head(sel_model *m, const float *params, float *grads, int64_t rows, double loss_scale,
+                          double *logp, uint8_t *best, sel_batch_stats *stats)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
+    const int threads = m->opt.threads;
+    const float *const scale = params + m->layout->final_norm;
+
+    ops->rmsnorm_forward(m->h, m->rstd_final, m->x, scale, rows, d->D, threads);
+    for (int64_t r = 0; r < rows; r += m->logit_rows) {
+        const int64_t n = rows - r < m->logit_rows ? rows - r : m->logit_rows;
+        const float *const h = m->h + r * d->D;
+
+        SEL_TRY(sel_linear_forward(m->lm_head, n, h, d->D, m->logits, d->V));
+        ops->cross_entropy(m->logits, m->logp, m->best, m->targets + r, grads ? (float)loss_scale : 0.0f, n, d->V,
+                           threads);
+        for (int64_t i = 0; i < n; i++) {
+            if (m->targets[r + i] < 0) continue;
+            stats->loss -= m->logp[i];
+            stats->correct += m->best[i];
+            stats->tokens++;
+        }
+        if (logp) memcpy(logp + r, m->logp, (size_t)n * sizeof *logp);
+        if (best) memcpy(best + r, m->best, (size_t)n);
+        if (grads) {
+            SEL_TRY(sel_linear_backward_input(m->lm_head, n, m->logits, d->V, m->dh + r * d->D, d->D));
+            SEL_TRY(sel_linear_backward_weight(m->lm_head, n, m->logits, d->V, h, d->D, grads + m->layout->lm_head));
+        }
+    }
+    if (grads) {
+        memset(m->dx, 0, (size_t)(rows * d->D) * sizeof(float));
+        ops->rmsnorm_backward(m->dx, grads + m->layout->final_norm, m->dh, m->x, m->rstd_final, scale, m->partial, rows,
+                              d->D, threads);
+    }
+    return SEL_OK;
+}

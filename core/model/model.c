@@ -1,0 +1,254 @@
+/* model.c: making and freeing a model: its packed weights and its one block of memory. */
+#include "core/model/model.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include "core/base/mem.h"
+#include "core/model/plan.h"
+
+/* Logits exist for this many floats at a time: the slice stays in the last-level cache. */
+enum { LOGIT_FLOATS = 1 << 22 };
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+sel_attention_options sel_attention_options_of(const sel_config *c)
+{
+    return (sel_attention_options){ .selective = c->attention.kind == SEL_KIND_SELECTIVE,
+                                    .relu = c->attention.selection.relu,
+                                    .protect_bos = c->attention.selection.protect_bos,
+                                    .protect_self = c->attention.selection.protect_self,
+                                    .shift = c->attention.selection.shift,
+                                    .epsilon = c->attention.memory_loss.epsilon,
+                                    .tau = c->attention.memory_loss.tau };
+}
+
+double sel_model_flops(const sel_dims *d, int64_t tokens, int64_t n)
+{
+    const double matrices = (double)d->L * ((double)d->D * (double)(qkv_width(d) + q_width(d)) +
+                                            3.0 * (double)d->D * (double)d->F) + (double)d->V * (double)d->D;
+    const double attention = (double)d->L * 4.0 * (double)q_width(d) * (double)(n + 1) / 2.0;
+    return 3.0 * (double)tokens * (2.0 * matrices + attention);
+}
+
+/* Walks the block of memory: first with base NULL to learn its size, then to hand out places. */
+typedef struct {
+    char *base;
+    size_t used;
+} arena;
+
+static void *take(arena *a, int64_t n, size_t each)
+{
+    void *const at = a->base ? a->base + a->used : NULL;
+    a->used += ((size_t)n * each + 63) / 64 * 64;
+    return at;
+}
+
+static float *floats(arena *a, int64_t n) { return take(a, n, sizeof(float)); }
+
+static void plan_kept(sel_model *m, arena *a, sel_kept *k)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t b = m->opt.batch, n = m->opt.tokens, T = b * n;
+    const bool train = m->opt.use == SEL_USE_TRAIN;
+
+    k->x_in = train ? floats(a, T * d->D) : m->x;
+    k->rstd1 = floats(a, T);
+    k->qkv = floats(a, T * qkv_width(d));
+    k->rstd_q = floats(a, T * d->H);
+    k->rstd_k = floats(a, T * d->Hkv);
+    k->att = floats(a, T * q_width(d));
+    k->lse = floats(a, T * d->H);
+    k->saved = train && m->opt.attention.selective ? floats(a, b * sel_attention_carries(n) * n) : NULL;
+    k->m_row = take(a, b, sizeof *k->m_row);
+    k->x_mid = train ? floats(a, T * d->D) : m->x;
+    k->rstd2 = floats(a, T);
+    k->gu = floats(a, T * 2 * d->F);
+}
+
+static size_t attention_bytes(const sel_model *m)
+{
+    /* A call with fewer sequences than threads needs other scratch than a full one. */
+    size_t bytes = 0;
+    for (int64_t b = 1; b <= m->opt.batch; b++) {
+        sel_attention a = sel_model_attention(m, 0, b, m->opt.tokens);
+        if (m->opt.use == SEL_USE_DECODE) {
+            a.i0 = m->layout->dims.N - m->opt.tokens;
+            a.i1 = m->layout->dims.N;
+        }
+        if (m->opt.use != SEL_USE_TRAIN) a.saved = NULL;
+        const size_t forward = sel_attention_workspace(&a, false);
+        const size_t backward = m->opt.use == SEL_USE_TRAIN ? sel_attention_workspace(&a, true) : 0;
+        if (forward > bytes) bytes = forward;
+        if (backward > bytes) bytes = backward;
+    }
+    return bytes;
+}
+
+static void plan_memory(sel_model *m, arena *a)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t b = m->opt.batch, T = b * m->opt.tokens;
+
+    m->x = floats(a, T * d->D);
+    m->rstd_final = floats(a, T);
+    if (m->opt.use == SEL_USE_TRAIN) {
+        for (int64_t l = 0; l < d->L; l++) plan_kept(m, a, &m->kept[l]);
+    } else {
+        plan_kept(m, a, &m->kept[0]);
+        for (int64_t l = 1; l < d->L; l++) m->kept[l] = m->kept[0];
+    }
+    m->h = floats(a, T * d->D);
+    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
+    m->act = floats(a, T * d->F);
+    m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
+    m->logits = floats(a, m->logit_rows * d->V);
+    m->logp = take(a, m->logit_rows, sizeof *m->logp);
+    m->best = take(a, m->logit_rows, sizeof *m->best);
+    m->inputs = take(a, T, sizeof *m->inputs);
+    m->targets = take(a, T, sizeof *m->targets);
+    m->m_max = take(a, b, sizeof *m->m_max);
+    m->attention = take(a, (int64_t)attention_bytes(m), 1);
+
+    if (m->opt.use == SEL_USE_TRAIN) {
+        m->dx = floats(a, T * d->D);
+        m->dh = floats(a, T * d->D);
+        m->dqkv = floats(a, T * qkv_width(d));
+        m->datt = floats(a, T * q_width(d));
+        m->dgu = floats(a, T * 2 * d->F);
+        m->da = floats(a, T * d->F);
+        m->partial = floats(a, m->opt.threads * most(d->D, d->dh));
+    }
+    for (int64_t l = 0; m->opt.use == SEL_USE_DECODE && l < d->L; l++) {
+        m->k_cache[l] = floats(a, b * d->N * kv_width(d));
+        m->v_cache[l] = floats(a, b * d->N * kv_width(d));
+        m->carry[l] = floats(a, b * d->N);
+    }
+}
+
+static sel_status make_linears(sel_model *m)
+{
+    const sel_dims *d = &m->layout->dims;
+    const bool backward = m->opt.use == SEL_USE_TRAIN;
+    sel_linear_engine *const e = m->opt.engine;
+
+    for (int64_t l = 0; l < d->L; l++) {
+        sel_layer_linears *n = &m->linears[l];
+        SEL_TRY(sel_linear_new(&n->qkv, e, qkv_width(d), d->D, backward));
+        SEL_TRY(sel_linear_new(&n->o_proj, e, d->D, q_width(d), backward));
+        SEL_TRY(sel_linear_new(&n->gate_up, e, 2 * d->F, d->D, backward));
+        SEL_TRY(sel_linear_new(&n->down_proj, e, d->D, d->F, backward));
+    }
+    SEL_TRY(sel_linear_new(&m->lm_head, e, d->V, d->D, backward));
+
+    /* The full micro-batch's primitives are made now; other sizes (a last, shorter call) at their first use. */
+    const int64_t T = m->opt.batch * m->opt.tokens;
+    SEL_TRY(sel_linear_prepare(m->linears[0].qkv, T, d->D, qkv_width(d)));
+    SEL_TRY(sel_linear_prepare(m->linears[0].o_proj, T, q_width(d), d->D));
+    SEL_TRY(sel_linear_prepare(m->linears[0].gate_up, T, d->D, 2 * d->F));
+    SEL_TRY(sel_linear_prepare(m->linears[0].down_proj, T, d->F, d->D));
+    return sel_linear_prepare(m->lm_head, m->logit_rows, d->D, d->V);
+}
+
+sel_status sel_model_new(sel_model **out, const sel_layout *layout, const sel_model_options *o)
+{
+    const size_t L = (size_t)layout->dims.L;
+    sel_status rc = SEL_ENOMEM;
+    sel_model *m = calloc(1, sizeof *m);
+
+    *out = NULL;
+    SEL_ASSERT(o->tokens <= layout->dims.N && o->batch > 0 && o->threads > 0);
+    if (m) {
+        m->layout = layout;
+        m->opt = *o;
+        m->linears = calloc(L, sizeof *m->linears);
+        m->kept = calloc(L, sizeof *m->kept);
+        m->k_cache = calloc(L, sizeof *m->k_cache);
+        m->v_cache = calloc(L, sizeof *m->v_cache);
+        m->carry = calloc(L, sizeof *m->carry);
+    }
+    if (!m || !m->linears || !m->kept || !m->k_cache || !m->v_cache || !m->carry) {
+        rc = sel_fail(SEL_ENOMEM, "no memory for the tables of a model of %zu layers", L);
+        goto fail;
+    }
+
+    arena size = { 0 }, place;
+    plan_memory(m, &size);
+    m->bytes = size.used;
+    m->memory = sel_alloc(size.used, "activations");
+    if (!m->memory) goto fail;
+    place = (arena){ .base = m->memory };
+    plan_memory(m, &place);
+
+    if ((rc = make_linears(m)) != SEL_OK) goto fail;
+    *out = m;
+    return SEL_OK;
+fail:
+    sel_model_free(&m);
+    return rc;
+}
+
+void sel_model_free(sel_model **model)
+{
+    sel_model *m = *model;
+    if (!m) return;
+    for (int64_t l = 0; m->linears && l < m->layout->dims.L; l++) {
+        sel_linear_free(&m->linears[l].qkv);
+        sel_linear_free(&m->linears[l].o_proj);
+        sel_linear_free(&m->linears[l].gate_up);
+        sel_linear_free(&m->linears[l].down_proj);
+    }
+    sel_linear_free(&m->lm_head);
+    sel_free(m->memory);
+    free(m->linears);
+    free(m->kept);
+    free(m->k_cache);
+    free(m->v_cache);
+    free(m->carry);
+    free(m);
+    *model = NULL;
+}
+
+size_t sel_model_bytes(const sel_model *m)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t packed = d->L * d->D * (qkv_width(d) + q_width(d) + 3 * d->F) + d->V * d->D;
+    return m->bytes + (size_t)packed * sizeof(float) * (m->opt.use == SEL_USE_TRAIN ? 2 : 1);
+}
+
+sel_status sel_model_pack(sel_model *m, const float *params)
+{
+    const sel_layout *o = m->layout;
+    for (int64_t l = 0; l < o->dims.L; l++) {
+        SEL_TRY(sel_linear_pack(m->linears[l].qkv, params + o->layers[l].qkv));
+        SEL_TRY(sel_linear_pack(m->linears[l].o_proj, params + o->layers[l].o_proj));
+        SEL_TRY(sel_linear_pack(m->linears[l].gate_up, params + o->layers[l].gate_up));
+        SEL_TRY(sel_linear_pack(m->linears[l].down_proj, params + o->layers[l].down_proj));
+    }
+    return sel_linear_pack(m->lm_head, params + o->lm_head);
+}
+
+sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t batch, int64_t n)
+{
+    const int64_t V = m->layout->dims.V;
+    SEL_ASSERT(batch <= m->opt.batch && n <= m->opt.tokens);
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t i = 0; i < n; i++) {
+            const int32_t in = tokens[b * (n + 1) + i], target = tokens[b * (n + 1) + i + 1];
+            if (in < 0 || in >= V || target >= V)
+                return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld", in < 0 || in >= V ? in : target,
+                                (long long)V);
+            m->inputs[b * n + i] = in;
+            m->targets[b * n + i] = target;
+        }
+    return SEL_OK;
+}
+
+int64_t sel_model_cached(const sel_model *m) { return m->cached; }
+
+void sel_model_restart(sel_model *m)
+{
+    const sel_dims *d = &m->layout->dims;
+    m->cached = 0;
+    for (int64_t l = 0; l < d->L; l++) memset(m->carry[l], 0, (size_t)(m->opt.batch * d->N) * sizeof(float));
+}

@@ -1,0 +1,93 @@
+/* plan.h: a model's memory: what is kept for backward, what is scratch.  Only core/model includes it.
+ *
+ * T = batch * tokens rows.  Kept a layer: what backward cannot cheaply rebuild.  Rebuilt:
+ * the norms' outputs, the normed q and k, silu(gate) * up.
+ */
+#ifndef SEL_CORE_MODEL_PLAN_H
+#define SEL_CORE_MODEL_PLAN_H
+
+#include "core/model/model.h"
+
+/* One layer's kept activations; forward-only uses share one set among all layers. */
+typedef struct {
+    float *x_in;      /* [T][D]   residual stream coming in */
+    float *rstd1;     /* [T]      of the attention norm */
+    float *qkv;       /* [T][(H + 2 Hkv) dh]   before the q/k norm */
+    float *rstd_q;    /* [T][H]   of the q norm */
+    float *rstd_k;    /* [T][Hkv] */
+    float *att;       /* [T][H dh]   attention's output */
+    float *lse;       /* [batch][H][tokens] */
+    float *saved;     /* [batch][carries][tokens] */
+    int64_t *m_row;   /* [batch]  row of the memory loss */
+    float *x_mid;     /* [T][D]   residual stream between the two halves */
+    float *rstd2;     /* [T]      of the feed-forward norm */
+    float *gu;        /* [T][2 F] gate, up */
+} sel_kept;
+
+/* A layer's linear layers, packed. */
+typedef struct {
+    sel_linear *qkv, *o_proj, *gate_up, *down_proj;
+} sel_layer_linears;
+
+struct sel_model {
+    const sel_layout *layout;
+    sel_model_options opt;
+    sel_layer_linears *linears;   /* [L] */
+    sel_linear *lm_head;
+
+    char *memory;                 /* the one block behind all arrays below */
+    size_t bytes;
+    sel_kept *kept;               /* [L]; all alike unless training */
+    float *x;                     /* [T][D]   residual stream, finally the last layer's output */
+    float *rstd_final;            /* [T] */
+
+    /* scratch */
+    float *h;                     /* [T][D]   a norm's output */
+    float *qk;                    /* [T][(H + Hkv) dh]   normed q, then k */
+    float *act;                   /* [T][F]   silu(gate) * up */
+    float *logits;                /* [logit_rows][V] */
+    int64_t logit_rows;
+    double *logp;                 /* [logit_rows] */
+    uint8_t *best;                /* [logit_rows] */
+    int32_t *inputs, *targets;    /* [T] */
+    double *m_max;                /* [batch] */
+    void *attention;              /* attention's workspace */
+
+    /* training */
+    float *dx, *dh;               /* [T][D] */
+    float *dqkv;                  /* [T][(H + 2 Hkv) dh] */
+    float *datt;                  /* [T][H dh] */
+    float *dgu;                   /* [T][2 F] */
+    float *da;                    /* [T][F] */
+    float *partial;               /* [threads][max(D, dh)] */
+
+    /* decoding */
+    float **k_cache, **v_cache;   /* [L] of [batch][N][Hkv dh] */
+    float **carry;                /* [L] of [batch][N]: F of each cached token */
+    int64_t cached;
+};
+
+/* The widths that come up everywhere. */
+static inline int64_t q_width(const sel_dims *d) { return d->H * d->dh; }
+static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
+static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }
+
+/* The attention call of layer l for `batch` sequences of n tokens, without a cache: q and k normed in m->qk, v in
+   the layer's qkv. */
+sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n);
+
+/* Residual stream through all layers: m->inputs [batch][n] to m->x.  (forward.c) */
+sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory);
+
+/* Normed q and k of a layer's qkv into m->qk; rstd arrays may be NULL. */
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k);
+
+/* Rows of the output matrix in slices: log-probabilities, and, grads not NULL, gradients: of the
+   output matrix and final norm into grads, of the residual stream into m->dx.  (head.c) */
+sel_status sel_model_head(sel_model *m, const float *params, float *grads, int64_t rows, double loss_scale,
+                          double *logp, uint8_t *best, sel_batch_stats *stats);
+
+/* Splits tokens [batch][n + 1] into m->inputs and m->targets; SEL_EFILE for an id outside the vocabulary. */
+sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t batch, int64_t n);
+
+#endif

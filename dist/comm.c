@@ -1,0 +1,261 @@
+/* comm.c: the world of ranks over MPI.
+ *
+ * MPI counts with int, so everything that can be large goes in chunks.  An MPI call that fails is never recovered
+ * from, since other ranks may be inside it: it ends the job.
+ */
+#include "dist/comm.h"
+
+#include <mpi.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/base/mem.h"
+
+#define CHUNK_BYTES ((size_t)64 << 20)
+#define FOLD_BLOCK 64   /* doubles a rank that are folded at once: the statistics of a step fit in one */
+
+struct sel_comm {
+    MPI_Comm world;     /* our duplicate: no message of ours meets a library's */
+    int rank, size;
+    int host_rank, host_size, hosts;
+    double *all;        /* [size][FOLD_BLOCK], owned: what the ranks bring to a fold */
+};
+
+#define CK(c, call)                                              \
+    do {                                                         \
+        const int ck_rc_ = (call);                               \
+        if (ck_rc_ != MPI_SUCCESS) mpi_die((c), #call, ck_rc_);  \
+    } while (0)
+
+static _Noreturn void mpi_die(const sel_comm *c, const char *call, int code)
+{
+    char text[MPI_MAX_ERROR_STRING] = "unknown MPI error";
+    int length;
+
+    MPI_Error_string(code, text, &length);
+    sel_fail(SEL_ECOMM, "%.200s", text);
+    sel_comm_die(c, call);
+}
+
+/* Debug builds: ranks that meet in different collectives, or bring different sizes, would hang or mix up their
+   data.  They compare what they are about to do first, and say where they differ. */
+static void meet(const sel_comm *c, const char *call, uint64_t detail)
+{
+#ifdef NDEBUG
+    (void)c, (void)call, (void)detail;
+#else
+    enum { WIDTH = FOLD_BLOCK * sizeof(double) };
+    char mine[WIDTH] = "";
+    char *all = (char *)c->all;
+
+    snprintf(mine, sizeof mine, "%s (%llu)", call, (unsigned long long)detail);
+    CK(c, MPI_Allgather(mine, WIDTH, MPI_CHAR, all, WIDTH, MPI_CHAR, c->world));
+    for (int r = 0; r < c->size; r++) {
+        if (strcmp(all + (size_t)r * WIDTH, all) != 0) {
+            sel_fail(SEL_ECOMM, "rank 0 is in %.80s while rank %d is in %.80s", all, r, all + (size_t)r * WIDTH);
+            sel_comm_die(c, call);
+        }
+    }
+#endif
+}
+
+sel_status sel_comm_open(sel_comm **out, int *argc, char ***argv)
+{
+    int level;
+
+    *out = NULL;
+    CK(NULL, MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &level));
+    if (level < MPI_THREAD_FUNNELED) {
+        MPI_Finalize();
+        return sel_fail(SEL_ECOMM, "this MPI library does not work with threads (level %d, needs FUNNELED): %s", level,
+                        sel_comm_library());
+    }
+
+    /* From here on a rank that fails alone cannot return: the others would wait for it. */
+    sel_comm *c = calloc(1, sizeof *c);
+    if (!c) {
+        sel_fail(SEL_ENOMEM, "out of memory");
+        sel_comm_die(NULL, "sel_comm_open");
+    }
+    CK(NULL, MPI_Comm_dup(MPI_COMM_WORLD, &c->world));
+    CK(NULL, MPI_Comm_set_errhandler(c->world, MPI_ERRORS_RETURN));
+    CK(NULL, MPI_Comm_rank(c->world, &c->rank));
+    CK(NULL, MPI_Comm_size(c->world, &c->size));
+    c->all = sel_alloc((size_t)c->size * FOLD_BLOCK * sizeof *c->all, "the communicator");
+    if (!c->all) sel_comm_die(c, "sel_comm_open");
+
+    MPI_Comm host;
+    CK(c, MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &host));
+    CK(c, MPI_Comm_rank(host, &c->host_rank));
+    CK(c, MPI_Comm_size(host, &c->host_size));
+    CK(c, MPI_Comm_free(&host));
+    const int first = c->host_rank == 0;
+    CK(c, MPI_Allreduce(&first, &c->hosts, 1, MPI_INT, MPI_SUM, c->world));
+
+    *out = c;
+    return SEL_OK;
+}
+
+void sel_comm_close(sel_comm **c)
+{
+    int over;
+
+    if (!*c) return;
+    MPI_Finalized(&over);
+    if (!over) {
+        CK(*c, MPI_Comm_free(&(*c)->world));
+        CK(*c, MPI_Finalize());
+    }
+    sel_free((*c)->all);
+    free(*c);
+    *c = NULL;
+}
+
+int sel_comm_rank(const sel_comm *c) { return c->rank; }
+int sel_comm_size(const sel_comm *c) { return c->size; }
+int sel_comm_host_rank(const sel_comm *c) { return c->host_rank; }
+int sel_comm_host_size(const sel_comm *c) { return c->host_size; }
+int sel_comm_hosts(const sel_comm *c) { return c->hosts; }
+
+const char *sel_comm_library(void)
+{
+    static char text[MPI_MAX_LIBRARY_VERSION_STRING + 1];
+    int length;
+
+    MPI_Get_library_version(text, &length);
+    text[strcspn(text, "\r\n")] = '\0';
+    return text;
+}
+
+/* "rank 3: " stands before the line already: it has been agreed on once. */
+static bool names_rank(const char *line)
+{
+    int rank, length = 0;
+
+    return sscanf(line, "rank %d: %n", &rank, &length) == 1 && length > 0;
+}
+
+sel_status sel_comm_agree(sel_comm *c, sel_status mine)
+{
+    struct {
+        int code, rank;
+    } in = {(int)mine, c->rank}, worst;
+    char line[1024] = "";
+
+    meet(c, __func__, 0);
+    /* MINLOC: the lowest code wins, among equals the lowest rank. */
+    CK(c, MPI_Allreduce(&in, &worst, 1, MPI_2INT, MPI_MINLOC, c->world));
+    if (worst.code == SEL_OK) return SEL_OK;
+
+    if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
+    CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
+    if (c->size == 1 || names_rank(line)) return sel_fail((sel_status)worst.code, "%s", line);
+    return sel_fail((sel_status)worst.code, "rank %d: %s", worst.rank, line);
+}
+
+_Noreturn void sel_comm_die(const sel_comm *c, const char *where)
+{
+    int up, over, rank = -1;
+
+    MPI_Initialized(&up);
+    MPI_Finalized(&over);
+    if (c)
+        rank = c->rank;
+    else if (up && !over)
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    fprintf(stderr, "[rank %d] fatal in %s: %s\n", rank, where, sel_error());
+    fflush(stderr);
+    if (up && !over) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+    _exit(EXIT_FAILURE);
+}
+
+void sel_comm_barrier(sel_comm *c)
+{
+    meet(c, __func__, 0);
+    CK(c, MPI_Barrier(c->world));
+}
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
+{
+    SEL_ASSERT(root >= 0 && root < c->size);
+    meet(c, __func__, bytes);
+    for (size_t at = 0; at < bytes; at += CHUNK_BYTES)
+        CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
+}
+
+static double add(double a, double b) { return a + b; }
+
+/* The larger one, NaN as soon as one is: MPI_MAX leaves open what becomes of NaN. */
+static double larger(double a, double b) { return a != a || a > b ? a : b; }
+
+/* x[i] = op(... op(op(x of rank 0, x of rank 1), x of rank 2) ...).  Every rank folds the same numbers in the same
+   order, so that the result has the same bits on all ranks, whatever algorithm the MPI library picks. */
+static void fold(sel_comm *c, double *x, int n, double (*op)(double, double))
+{
+    for (int at = 0; at < n; at += FOLD_BLOCK) {
+        const int m = n - at < FOLD_BLOCK ? n - at : FOLD_BLOCK;
+        CK(c, MPI_Allgather(x + at, m, MPI_DOUBLE, c->all, m, MPI_DOUBLE, c->world));
+        for (int i = 0; i < m; i++) {
+            double acc = c->all[i];
+            for (int r = 1; r < c->size; r++) acc = op(acc, c->all[(size_t)r * (size_t)m + (size_t)i]);
+            x[at + i] = acc;
+        }
+    }
+}
+
+void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
+{
+    meet(c, __func__, (uint64_t)n);
+    fold(c, x, n, add);
+}
+
+void sel_comm_max_doubles(sel_comm *c, double *x, int n)
+{
+    meet(c, __func__, (uint64_t)n);
+    fold(c, x, n, larger);
+}
+
+void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
+{
+    const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(float));
+
+    meet(c, __func__, (uint64_t)n);
+    if (c->size == 1) return;
+    /* Which algorithm MPI takes, and thus the order of additions, follows from the count and the ranks alone;
+       chunks are cut at fixed places.  So the same ranks give the same bits, run after run. */
+    for (int64_t at = 0; at < n; at += chunk) {
+        const int64_t m = n - at < chunk ? n - at : chunk;
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));
+    }
+}
+
+void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root)
+{
+    SEL_ASSERT(root >= 0 && root < c->size);
+    meet(c, __func__, bytes);
+    for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
+        const int n = (int)smaller(CHUNK_BYTES, bytes - at);
+        MPI_Datatype piece, slot;   /* n bytes, the next rank's `bytes` further on */
+
+        CK(c, MPI_Type_contiguous(n, MPI_BYTE, &piece));
+        CK(c, MPI_Type_create_resized(piece, 0, (MPI_Aint)bytes, &slot));
+        CK(c, MPI_Type_commit(&slot));
+        CK(c, MPI_Gather((const char *)mine + at, n, MPI_BYTE, all ? (char *)all + at : NULL, 1, slot, root, c->world));
+        CK(c, MPI_Type_free(&slot));
+        CK(c, MPI_Type_free(&piece));
+    }
+}
+
+int sel_comm_same(sel_comm *c, uint64_t value)
+{
+    uint64_t low[2] = {value, ~value};   /* the least complement is that of the greatest */
+
+    meet(c, __func__, 0);
+    CK(c, MPI_Allreduce(MPI_IN_PLACE, low, 2, MPI_UINT64_T, MPI_MIN, c->world));
+    return low[0] == ~low[1];
+}

@@ -1,0 +1,54 @@
+/* comm.h: who the ranks are, and how they fail together.
+ *
+ * [collective] after a prototype: every rank of the job must call it, in the
+ * same order.  Functions without the mark may be called by one rank alone.
+ * The sources in dist/ include mpi.h; nothing else knows that MPI exists.
+ * Only the main thread communicates.
+ */
+#ifndef SEL_DIST_COMM_H
+#define SEL_DIST_COMM_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include "core/base/error.h"
+
+typedef struct sel_comm sel_comm;
+
+/* [collective] Starts MPI (MPI_THREAD_MULTIPLE asked for) and makes the world of ranks.
+   Started without mpirun it is one rank.  *c is owned by the caller. */
+sel_status sel_comm_open(sel_comm **c, int *argc, char ***argv);
+
+/* [collective] Ends MPI; sets *c to NULL.  NULL is fine. */
+void sel_comm_close(sel_comm **c);
+
+int sel_comm_rank(const sel_comm *c);
+int sel_comm_size(const sel_comm *c);
+int sel_comm_host_rank(const sel_comm *c);   /* among the ranks of this host */
+int sel_comm_host_size(const sel_comm *c);
+int sel_comm_hosts(const sel_comm *c);       /* hosts in the job */
+
+/* Name and version of the MPI library, one line. */
+const char *sel_comm_library(void);
+
+/* [collective] Every rank brings the outcome of what it just did alone; every
+   rank leaves with the same code: SEL_OK only if all were, else the worst one,
+   with the line of the lowest rank that had it.  After each step that can fail
+   on one rank and before the next collective call. */
+sel_status sel_comm_agree(sel_comm *c, sel_status mine);
+
+/* Not collective.  For a failure where returning would leave others waiting:
+   says rank, place and sel_error() on stderr, then ends the whole job with status 1. */
+_Noreturn void sel_comm_die(const sel_comm *c, const char *where);
+
+/* [collective] */
+void sel_comm_barrier(sel_comm *c);
+void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root);
+void sel_comm_sum_doubles(sel_comm *c, double *x, int n);              /* in place, on all ranks */
+void sel_comm_max_doubles(sel_comm *c, double *x, int n);
+void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);            /* in place, float32 */
+void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root);   /* all: [size][bytes] at root */
+
+/* [collective] Whether every rank brought the same 64-bit value. */
+int sel_comm_same(sel_comm *c, uint64_t value);
+
+#endif

@@ -1,0 +1,86 @@
+/* attention.c: tiles, groups and scratch of an attention call (attention_plan.h). */
+#include "ops/attention_plan.h"
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+enum { MOST_CARRIES = 64 };
+
+static int64_t tiles_a_group(int64_t tiles) { return tiles > MOST_CARRIES ? ceil_div(tiles, MOST_CARRIES) : 1; }
+
+int64_t sel_attention_carries(int64_t rows)
+{
+    const int64_t tiles = ceil_div(rows, TILE);
+    return tiles ? ceil_div(tiles, tiles_a_group(tiles)) : 0;
+}
+
+/* Takes n floats at *end, on a cache line, and returns where they start. */
+static int64_t take(int64_t *end, int64_t n)
+{
+    const int64_t at = *end;
+    *end += round_up(n, LANES);
+    return at;
+}
+
+attention_plan sel_attention_plan(const sel_attention *a, bool backward)
+{
+    attention_plan p = { 0 };
+    const int64_t H = a->heads, dh = a->dh, square = TILE * TILE;
+    int64_t end = 0;
+
+    p.rows = a->i1 - a->i0;
+    p.tiles = ceil_div(p.rows, TILE);
+    p.columns = ceil_div(a->i1, TILE);
+    p.group = tiles_a_group(p.tiles);
+    p.groups = ceil_div(p.tiles, p.group);
+    p.dhp = round_up(dh, LANES);
+    p.padded = p.dhp != dh;
+
+    if (!backward) {
+        p.qt = take(&end, H * dh * TILE);
+        p.ot = take(&end, H * dh * TILE);
+        p.ml = take(&end, 2 * H * TILE);
+        p.tile = take(&end, square);
+        if (a->selective) {
+            p.f = take(&end, SUPER * square);
+            p.carry = take(&end, a->i1);
+            p.rowsum = take(&end, 2 * TILE);
+        }
+    } else {
+        p.p = take(&end, square);
+        p.dz = take(&end, square);
+        if (a->selective) {
+            p.g = take(&end, square);
+            p.l0 = take(&end, p.group * square);
+            p.f = take(&end, p.group * square);
+        }
+        p.dk = take(&end, a->kv_heads * TILE * p.dhp);
+        p.dv = take(&end, a->kv_heads * TILE * p.dhp);
+        p.kpad = take(&end, p.padded ? a->kv_heads * TILE * p.dhp : 0);
+        p.dq = take(&end, p.tiles * TILE * H * p.dhp);
+    }
+    p.thread_size = end;
+    end *= a->threads;
+
+    if (!backward) {
+        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? p.groups * a->i1 : 0);
+    } else {
+        int64_t pack = 0;
+        p.qt_all = take(&pack, p.tiles * H * dh * TILE);
+        p.dot_all = take(&pack, p.tiles * H * dh * TILE);
+        p.lse_all = take(&pack, p.tiles * H * TILE);
+        p.delta_all = take(&pack, p.tiles * H * TILE);
+        p.q_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
+        p.dout_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
+        p.pack0 = end;
+        p.pack_size = pack;
+        end += pack * (a->B >= a->threads ? a->threads : 1);
+    }
+    p.total = end;
+    return p;
+}
+
+size_t sel_attention_workspace(const sel_attention *a, bool backward)
+{
+    return (size_t)sel_attention_plan(a, backward).total * sizeof(float);
+}

@@ -1,0 +1,92 @@
+/* attention.h: selective attention, fused and tiled: O(N) memory (spec, sections 2, 3, 5).
+ *
+ *     L[h,i,j] = q[h,i] . k[g(h),j] / sqrt(dh)     for max(0, i - window + 1) <= j <= i
+ *     S[i,j]   = relu(L[0,i,j]);  S[i,0] = 0;  S[i,i] = 0
+ *     F[i,j]   = sum over k <= i-1 of S[k,j]
+ *     out[h,i] = softmax_j(L[h,i,:] - F[i,:]) . v[g(h),:]        g(h) = h * Hkv / H
+ *
+ * No N x N matrix exists.  Rows are queries, columns keys; "position" is the place
+ * in the sequence, so that a call may cover only rows [i0, i1) of it: in a shard of
+ * the sequence, in prefill, in decoding (one row).
+ */
+#ifndef SEL_OPS_ATTENTION_H
+#define SEL_OPS_ATTENTION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* How many carries forward saves for backward over `rows` rows: one a group of row tiles,
+   at most 64, so O(N) memory; the carries inside a group are rebuilt from head 0. */
+int64_t sel_attention_carries(int64_t rows);
+
+typedef struct {
+    /* Shape.  Rows [i0, i1) attend to keys [0, i1).  heads is a multiple of kv_heads. */
+    int64_t B, heads, kv_heads, dh;
+    int64_t i0, i1;
+    int64_t window;        /* keys a row sees, itself included; 0: all */
+
+    /* Switches of spec, section 2.  selective false: F = 0, all else ignored. */
+    bool selective, relu, protect_bos, protect_self, shift;
+
+    /* q [B][i1-i0][heads][dh], k and v [B][i1][kv_heads][dh]: strides in floats
+       of a sequence and of a token; heads are dh apart. */
+    const float *q, *k, *v;
+    int64_t q_seq, q_row, k_seq, k_row, v_seq, v_row;
+
+    /* out [B][i1-i0][heads][dh] */
+    float *out;
+    int64_t out_seq, out_row;
+
+    /* lse [B][heads][i1-i0]: log-sum-exp of each row, for backward. */
+    float *lse;
+
+    /* carry_in [B][carry_seq]: column sums of S over the rows before i0 (its keys
+       [0, i0) are read); NULL: zero.  carry_out [B][carry_seq]: the same over the rows
+       before i1, for keys [0, i1); may be carry_in; NULL: not wanted. */
+    const float *carry_in;
+    float *carry_out;
+    int64_t carry_seq;
+
+    /* saved [B][sel_attention_carries(i1 - i0)][i1]: carries at the starts of the groups
+       of row tiles, written by forward, read by backward; NULL where no backward
+       follows.  Ignored unless selective. */
+    float *saved;
+
+    /* Memory loss (spec, section 5), where tau > 0: forward writes the largest
+       M[i] = i + 1 - sum over j of min(F[i,j], tau) / tau of each sequence's rows into
+       m_max [B] and its row (a position; the smallest among equals) into m_row [B]. */
+    double tau;
+    double *m_max;
+    int64_t *m_row;
+
+    /* Scratch of sel_attention_workspace bytes, 64-byte aligned. */
+    void *workspace;
+    int threads;
+} sel_attention;
+
+/* What backward needs besides the forward's arguments (q, k, v, out, lse, saved, m_row
+   as forward left them; carry_in as forward got it). */
+typedef struct {
+    const float *dout;     /* [B][i1-i0][heads][dh] with out's strides */
+    float *dq, *dk, *dv;   /* overwritten; strides of a sequence and a token below */
+    int64_t dq_seq, dq_row, dk_seq, dk_row, dv_seq, dv_row;
+
+    /* dF of the rows after i1 summed over rows, [B][carry_seq] for keys [0, i1); NULL:
+       zero.  dcarry_out [B][carry_seq]: the same with the rows of this call; NULL: not
+       wanted; may be dcarry_in. */
+    const float *dcarry_in;
+    float *dcarry_out;
+
+    /* Gradient of the whole loss with respect to each F[i*,j] < tau of the arg-max
+       row, negated: dF[i*,j] -= memory_coef.  0: no memory loss. */
+    float memory_coef;
+} sel_attention_grad;
+
+/* Bytes of scratch that forward (backward false) or backward needs for these sizes. */
+size_t sel_attention_workspace(const sel_attention *a, bool backward);
+
+typedef void sel_attention_forward_fn(const sel_attention *a);
+typedef void sel_attention_backward_fn(const sel_attention *a, const sel_attention_grad *g);
+
+#endif

@@ -1,0 +1,307 @@
+/* attention_backward_c.c: fused selective attention, backward, in portable C (spec, sections 2, 3, 5).
+ *
+ * Column tiles outside, row tiles descending inside: all that selection needs is local to
+ * a column (the carry of F going up, dcarry, the sum of dF over later rows, coming down),
+ * dK and dV of a column finish at once, and only dQ is summed over columns.
+ *
+ *     P = exp(L - F - lse)     dZ = P (dP - delta)     dF = - sum over heads of dZ (+ memory loss)
+ *     dS[i] = dcarry + sum of dF over later rows of the tile        dL[0] = dZ[0] + dS where S passed L on
+ *
+ * Threads take whole sequences; where there are more threads than sequences they share
+ * one, each with columns of its own and a private dQ, summed in thread order.
+ */
+#include <math.h>
+#include <omp.h>
+#include "ops/attention_tile.h"
+#include "ops/levels.h"
+
+#define UNSEEN 1e30f    /* log-sum-exp of lanes that are no rows: P = exp(L - UNSEEN) = 0 */
+
+typedef struct {
+    const sel_attention *a;
+    const sel_attention_grad *g;
+    const attention_plan *p;
+    int64_t b;
+    float *scratch, *pack;     /* this thread's scratch, this sequence's packed arrays */
+} job;
+
+static int64_t kv_head(const sel_attention *a, int64_t h) { return h * a->kv_heads / a->heads; }
+
+/* Rows of q or dout with their dh values in the lanes: as they lie, or the padded copy. */
+static const float *query_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
+{
+    *stride = w->p->padded ? w->a->heads * w->p->dhp : w->a->q_row;
+    return w->p->padded ? w->pack + w->p->q_rows + (row * w->a->heads + h) * w->p->dhp
+                        : w->a->q + w->b * w->a->q_seq + row * w->a->q_row + h * w->a->dh;
+}
+static const float *dout_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
+{
+    *stride = w->p->padded ? w->a->heads * w->p->dhp : w->a->out_row;
+    return w->p->padded ? w->pack + w->p->dout_rows + (row * w->a->heads + h) * w->p->dhp
+                        : w->g->dout + w->b * w->a->out_seq + row * w->a->out_row + h * w->a->dh;
+}
+
+static void copy_padded(float *to, const float *from, int64_t n, int64_t padded)
+{
+    for (int64_t d = 0; d < n; d++) to[d] = from[d];
+    for (int64_t d = n; d < padded; d++) to[d] = 0.0f;
+}
+
+/* Packs row tile I: Q^T (scaled) and dO^T of all heads, lse, delta = rowsum(dO o out). */
+static void pack_tile(const job *w, int64_t I)
+{
+    const sel_attention *a = w->a;
+    const attention_plan *p = w->p;
+    const int64_t H = a->heads, dh = a->dh, row = I * TILE;
+    const tile_place t = place_tile(a, I, 0);
+
+    for (int64_t h = 0; h < H; h++) {
+        const int64_t slot = I * H + h;
+        const float *q = a->q + w->b * a->q_seq + row * a->q_row + h * dh;
+        const float *dout = w->g->dout + w->b * a->out_seq + row * a->out_row + h * dh;
+        const float *out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
+        float *const lse = w->pack + p->lse_all + slot * TILE, *const delta = w->pack + p->delta_all + slot * TILE;
+
+        transpose_rows(w->pack + p->qt_all + slot * dh * TILE, q, a->q_row, t.rows, dh,
+                       (float)(1.0 / sqrt((double)dh)));
+        transpose_rows(w->pack + p->dot_all + slot * dh * TILE, dout, a->out_row, t.rows, dh, 1.0f);
+        for (int i = 0; i < TILE; i++) {
+            float sum = 0.0f;
+            if (i < t.rows)
+                for (int64_t d = 0; d < dh; d++) sum += dout[i * a->out_row + d] * out[i * a->out_row + d];
+            delta[i] = sum;
+            lse[i] = i < t.rows ? a->lse[(w->b * H + h) * p->rows + row + i] : UNSEEN;
+        }
+        for (int i = 0; p->padded && i < t.rows; i++) {
+            const int64_t at = ((row + i) * H + h) * p->dhp;
+            copy_padded(w->pack + p->q_rows + at, q + i * a->q_row, dh, p->dhp);
+            copy_padded(w->pack + p->dout_rows + at, dout + i * a->out_row, dh, p->dhp);
+        }
+    }
+}
+
+/* From logits X (not changed) to P and, dP in Z coming in, dZ = P (dP - delta); G += dZ where not NULL. */
+static void softmax_gradient(const tile_place *t, const float *X, const float *F, float *P, float *Z, float *G,
+                             const float *lse, const float *delta)
+{
+    for (int j = 0; j < t->cols; j++) {
+        int lo = 0, hi = t->lanes;
+        if (t->masked) seen_lanes(t, j, &lo, &hi);
+        for (int v = 0; v < t->lanes; v += VL) {
+            const int64_t at = j * TILE + v;
+            vf x = vload(X + at);
+            if (F) x -= vload(F + at);
+            vf prob = vexp(x - vload(lse + v));
+            if (t->masked) prob = vselect(lanes_between(v, lo, hi), prob, vset1(0.0f));
+            const vf dz = prob * (vload(Z + at) - vload(delta + v));
+            vstore(P + at, prob);
+            vstore(Z + at, dz);
+            if (G) vstore(G + at, vload(G + at) + dz);
+        }
+    }
+}
+
+/* The memory loss's own part of dF in the arg-max row (G = -dF). */
+static void add_memory_gradient(const job *w, const tile_place *t, const float *F, float *G)
+{
+    const int64_t i = w->a->m_row[w->b] - t->row0;
+    if (i < 0 || i >= t->rows) return;
+    for (int j = 0; j < t->cols; j++) {
+        int lo, hi;
+        seen_lanes(t, j, &lo, &hi);
+        if (i >= lo && i < hi && (double)F[j * TILE + i] < w->a->tau) G[j * TILE + i] += w->g->memory_coef;
+    }
+}
+
+/* Head 0's dZ becomes dL: dF = -G is summed over later rows (reverse scan) and passes where S took the logit. */
+static void selection_gradient(const sel_attention *a, const tile_place *t, const float *L0, const float *G, float *Z,
+                               float *dcarry)
+{
+    const vf zero = { 0 };
+    for (int j = 0; j < t->cols; j++) {
+        int lo, hi;
+        seen_lanes(t, j, &lo, &hi);
+        const int64_t key = t->col0 + j - t->row0;
+        const int own = a->protect_self && key >= 0 && key < TILE ? (int)key : -1;
+        const bool never = a->protect_bos && t->col0 + j == 0;
+        float base = dcarry[j];
+        for (int v = t->lanes - VL; v >= 0; v -= VL) {
+            const int64_t at = j * TILE + v;
+            const vf sum = scan_down(-vload(G + at));
+            const vf ds = (a->shift ? (vf)SHUFFLE(sum, zero, 1) : sum) + base;
+            vi passes = lanes_between(v, lo, hi) & ~lanes_between(v, own, own + 1);
+            if (a->relu) passes &= vload(L0 + at) > zero;
+            if (!never) vstore(Z + at, vload(Z + at) + vselect(passes, ds, zero));
+            base += sum[0];
+        }
+        dcarry[j] = base;
+    }
+}
+
+/* One column tile: its dK and dV, its part of every row's dQ. */
+static void backward_column(const job *w, int64_t J)
+{
+    const sel_attention *a = w->a;
+    const attention_plan *p = w->p;
+    const int64_t H = a->heads, dh = a->dh, dhp = p->dhp, j0 = J * TILE, square = TILE * TILE;
+    const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
+    float *const P = w->scratch + p->p, *const Z = w->scratch + p->dz, *const G = w->scratch + p->g;
+    float *const panel = w->scratch + p->l0, *const Fs = w->scratch + p->f;
+    float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const dQ = w->scratch + p->dq;
+    float *const kpad = w->scratch + p->kpad;
+    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
+    const bool memory = a->selective && a->tau > 0.0 && w->g->memory_coef != 0.0f;
+    float dcarry[TILE] = { 0 }, carry_here[TILE];
+
+    memset(dK, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dK);
+    memset(dV, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dV);
+    for (int64_t kh = 0; p->padded && kh < a->kv_heads; kh++)
+        for (int j = 0; j < cols; j++) copy_padded(kpad + (kh * TILE + j) * dhp, k + j * a->k_row + kh * dh, dh, dhp);
+    if (a->selective && w->g->dcarry_in) memcpy(dcarry, w->g->dcarry_in + w->b * a->carry_seq + j0, (size_t)cols * 4);
+
+    for (int64_t group = p->groups - 1; group >= 0; group--) {
+        const int64_t I0 = group * p->group, I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
+        int64_t first, end;
+
+        /* Up the group: head 0's logits and F of its tiles, from the saved carry. */
+        if (a->selective) {
+            memcpy(carry_here, a->saved + (w->b * p->groups + group) * a->i1 + j0, (size_t)cols * 4);
+            for (int64_t I = I0; I < I1; I++) {
+                seen_columns(a, I, &first, &end);
+                if (J < first || J >= end) continue;
+                const tile_place t = place_tile(a, I, J);
+                float *const L0 = panel + (I - I0) * square, *const F = Fs + (I - I0) * square;
+                product(t.cols, t.lanes, dh, k, a->k_row, 1, w->pack + p->qt_all + I * H * dh * TILE, TILE, L0, TILE,
+                        false);
+                select_tile(a, &t, L0, F, carry_here - j0);
+            }
+        }
+
+        /* Down the group: head 0 last, when the other heads' dF is known. */
+        for (int64_t I = I1 - 1; I >= I0; I--) {
+            seen_columns(a, I, &first, &end);
+            if (J < first || J >= end) continue;
+            const tile_place t = place_tile(a, I, J);
+            const float *const L0 = panel + (I - I0) * square, *const F = a->selective ? Fs + (I - I0) * square : NULL;
+
+            if (a->selective) {
+                memset(G, 0, (size_t)square * sizeof *G);
+                if (memory) add_memory_gradient(w, &t, F, G);
+            }
+            for (int64_t n = 0; n < H; n++) {
+                const int64_t h = (n + 1) % H, kh = kv_head(a, h), slot = I * H + h;
+                const float *const kr = k + kh * dh;
+                int64_t stride;
+
+                if (!a->selective || h != 0)
+                    product(t.cols, t.lanes, dh, kr, a->k_row, 1, w->pack + p->qt_all + slot * dh * TILE, TILE, P,
+                            TILE, false);
+                product(t.cols, t.lanes, dh, v + kh * dh, a->v_row, 1, w->pack + p->dot_all + slot * dh * TILE, TILE,
+                        Z, TILE, false);
+                softmax_gradient(&t, a->selective && h == 0 ? L0 : P, F, P, Z, a->selective ? G : NULL,
+                                 w->pack + p->lse_all + slot * TILE, w->pack + p->delta_all + slot * TILE);
+                if (a->selective && h == 0) selection_gradient(a, &t, L0, G, Z, dcarry);
+
+                const float *rows = dout_rows(w, h, I * TILE, &stride);
+                product(t.cols, dhp, t.rows, P, TILE, 1, rows, stride, dV + kh * TILE * dhp, dhp, true);
+                rows = query_rows(w, h, I * TILE, &stride);
+                product(t.cols, dhp, t.rows, Z, TILE, 1, rows, stride, dK + kh * TILE * dhp, dhp, true);
+                product(t.rows, dhp, t.cols, Z, 1, TILE, p->padded ? kpad + kh * TILE * dhp : kr,
+                        p->padded ? dhp : a->k_row, dQ + (I * TILE * H + h) * dhp, H * dhp, true);
+            }
+        }
+    }
+
+    const float scale = (float)(1.0 / sqrt((double)dh));
+    for (int64_t kh = 0; kh < a->kv_heads; kh++)
+        for (int j = 0; j < cols; j++) {
+            float *const dk = w->g->dk + w->b * w->g->dk_seq + (j0 + j) * w->g->dk_row + kh * dh;
+            float *const dv = w->g->dv + w->b * w->g->dv_seq + (j0 + j) * w->g->dv_row + kh * dh;
+            for (int64_t d = 0; d < dh; d++) {
+                dk[d] = scale * dK[(kh * TILE + j) * dhp + d];
+                dv[d] = dV[(kh * TILE + j) * dhp + d];
+            }
+        }
+    if (a->selective && w->g->dcarry_out)
+        memcpy(w->g->dcarry_out + w->b * a->carry_seq + j0, dcarry, (size_t)cols * 4);
+}
+
+/* dq of row tile I: the threads' sums [first thread's dQ + n thread_size], in thread order. */
+static void store_dq(const job *w, int64_t I, int threads)
+{
+    const sel_attention *a = w->a;
+    const attention_plan *p = w->p;
+    const float scale = (float)(1.0 / sqrt((double)a->dh));
+    const tile_place t = place_tile(a, I, 0);
+
+    for (int i = 0; i < t.rows; i++)
+        for (int64_t h = 0; h < a->heads; h++) {
+            const float *sum = w->scratch + p->dq + ((I * TILE + i) * a->heads + h) * p->dhp;
+            float *const dq = w->g->dq + w->b * w->g->dq_seq + (I * TILE + i) * w->g->dq_row + h * a->dh;
+            for (int64_t d = 0; d < a->dh; d++) dq[d] = sum[d];
+            for (int n = 1; n < threads; n++) {
+                sum += p->thread_size;
+                for (int64_t d = 0; d < a->dh; d++) dq[d] += sum[d];
+            }
+            for (int64_t d = 0; d < a->dh; d++) dq[d] *= scale;
+        }
+}
+
+static job new_job(const sel_attention *a, const sel_attention_grad *g, const attention_plan *p, int64_t b, int thread,
+                   int set)
+{
+    float *const base = a->workspace;
+    return (job){ .a = a, .g = g, .p = p, .b = b, .scratch = base + p->thread0 + thread * p->thread_size,
+                  .pack = base + p->pack0 + set * p->pack_size };
+}
+
+static void clear_dq(const job *w)
+{
+    memset(w->scratch + w->p->dq, 0, (size_t)(w->p->tiles * TILE * w->a->heads * w->p->dhp) * sizeof(float));
+}
+
+/* Column J's thread: dealt 0 .. T-1, T-1 .. 0, so that early (long) and late (short) columns even out. */
+static bool mine(int64_t J, int thread, int threads)
+{
+    const int64_t k = J % (2 * threads);
+    return k == thread || k == 2 * threads - 1 - thread;
+}
+
+void SEL_FN(sel_attention_backward)(const sel_attention *a, const sel_attention_grad *g)
+{
+    const attention_plan p = sel_attention_plan(a, true);
+    const int64_t whole = attention_whole(a);
+    if (!p.rows) return;
+
+    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    for (int64_t b = 0; b < whole; b++) {
+        const int thread = omp_get_thread_num();
+        const job w = new_job(a, g, &p, b, thread, thread);
+        clear_dq(&w);
+        for (int64_t I = 0; I < p.tiles; I++) pack_tile(&w, I);
+        for (int64_t J = 0; J < p.columns; J++) backward_column(&w, J);
+        for (int64_t I = 0; I < p.tiles; I++) store_dq(&w, I, 1);
+    }
+    for (int64_t b = whole; b < a->B; b++) {
+        #pragma omp parallel num_threads(a->threads)
+        {
+            const int thread = omp_get_thread_num();
+            const job w = new_job(a, g, &p, b, thread, 0);
+            clear_dq(&w);
+            #pragma omp for schedule(static)
+            for (int64_t I = 0; I < p.tiles; I++) pack_tile(&w, I);
+            for (int64_t J = 0; J < p.columns; J++)
+                if (mine(J, thread, a->threads)) backward_column(&w, J);
+            const job first = new_job(a, g, &p, b, 0, 0);
+            #pragma omp barrier
+            #pragma omp for schedule(static)
+            for (int64_t I = 0; I < p.tiles; I++) store_dq(&first, I, a->threads);
+        }
+    }
+}
+
+void SEL_FN(sel_ops_attention_init)(sel_ops *ops)
+{
+    ops->attention_forward = SEL_FN(sel_attention_forward);
+    ops->attention_backward = SEL_FN(sel_attention_backward);
+}

@@ -1,0 +1,39 @@
+/* attention_plan.h: how one attention call is cut into tiles and where its scratch lies.
+ *
+ * Shared by all versions of the kernel; only ops/ includes it.
+ */
+#ifndef SEL_OPS_ATTENTION_PLAN_H
+#define SEL_OPS_ATTENTION_PLAN_H
+
+#include "ops/attention.h"
+
+enum {
+    TILE = 64,      /* queries of a row tile, keys of a column tile */
+    SUPER = 16,     /* column tiles whose F stays in cache while all heads pass over them */
+    LANES = 16      /* widest vector: rows of padded arrays are multiples of it */
+};
+
+/* Offsets are in floats from the start of the workspace. */
+typedef struct {
+    int64_t rows, tiles;          /* of this call: tiles = ceil(rows / TILE) */
+    int64_t columns;              /* column tiles: ceil(i1 / TILE) */
+    int64_t group, groups;        /* row tiles a saved carry stands for; how many carries */
+    int64_t dhp;                  /* dh rounded up to LANES */
+    bool padded;                  /* dh != dhp: rows of q, k and dout are copied */
+    int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
+    /* forward, in a thread's scratch */
+    int64_t qt, ot, ml, f, tile, carry, rowsum;
+    int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
+    /* backward, in a thread's scratch */
+    int64_t l0, g, p, dz, dk, dv, kpad, dq;
+    /* backward, packed sequences: set s at pack0 + s * pack_size; one a thread, or one for all */
+    int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    int64_t total;
+} attention_plan;
+
+attention_plan sel_attention_plan(const sel_attention *a, bool backward);
+
+/* The first `whole` sequences are taken by one thread each, the rest by all threads together. */
+static inline int64_t attention_whole(const sel_attention *a) { return a->B / a->threads * a->threads; }
+
+#endif

@@ -1,0 +1,53 @@
+/* linear.h: the linear layers' matrix products, y = x W^T, through a library.
+ *
+ * A sel_linear is one weight matrix [out][in] made ready for the library: packed once
+ * after each optimizer step, used by every micro-batch.  Products of one shape
+ * share their primitives.  All arrays row-major float32; rows of x and y may be
+ * further apart than their width (strides in floats).
+ */
+#ifndef SEL_OPS_LINEAR_H
+#define SEL_OPS_LINEAR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "core/base/error.h"
+
+typedef struct sel_linear_engine sel_linear_engine;   /* the library and its primitives */
+typedef struct sel_linear sel_linear;                 /* one matrix */
+
+typedef enum { SEL_LINEAR_ONEDNN, SEL_LINEAR_OPENBLAS } sel_linear_backend;
+
+/* Opens the library with that many threads; closed after all its matrices are freed. */
+sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, int threads);
+void       sel_linear_close(sel_linear_engine **e);
+
+/* Room for a matrix [out][in]; backward false leaves out what only gradients need. */
+sel_status sel_linear_new(sel_linear **l, sel_linear_engine *e, int64_t out, int64_t in, bool backward);
+void       sel_linear_free(sel_linear **l);
+
+/* Packs w [out][in].  A library that reads w in place keeps the pointer: w must
+   live, unchanged, until the next pack. */
+sel_status sel_linear_pack(sel_linear *l, const float *w);
+
+/* Makes the primitives of `rows` rows now, so that no step makes them. */
+sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row);
+
+/* y [rows][out] = x [rows][in] W^T */
+sel_status sel_linear_forward(sel_linear *l, int64_t rows, const float *x, int64_t x_row, float *y, int64_t y_row);
+
+/* dx [rows][in] = dy [rows][out] W */
+sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+                                     int64_t dx_row);
+
+/* dw [out][in] += dy^T x */
+sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, const float *x,
+                                      int64_t x_row, float *dw);
+
+/* Name and version of the library, "oneDNN 2.6.3". */
+const char *sel_linear_library(const sel_linear_engine *e);
+
+/* GFLOP/s of a product 4096 x 768 x 768 on the engine's threads, measured now:
+   the peak that shares (mfu) refer to.  Best of a few, about 0.2 s. */
+sel_status sel_linear_measure_peak(sel_linear_engine *e, double *gflops);
+
+#endif

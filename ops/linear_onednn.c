@@ -1,0 +1,458 @@
+/* linear_onednn.c: linear layers by oneDNN's matmul.
+ *
+ * A product (kind, sizes, strides) is a primitive with its memory objects, made once and kept by the engine for
+ * all matrices of that shape; a call only sets the objects' pointers.  The weights of y = x W^T and dx = dy W are
+ * reordered after each optimizer step into the layout that oneDNN likes best (blocks of columns), one layout a
+ * kind and matrix shape, whatever the rows: all products of the shape share it.  Where oneDNN has no fast
+ * product with that layout (on processors without AVX-512, or with rows further apart than their width), the
+ * product reads the weights in place.
+ */
+#include "ops/linear_library.h"
+
+#include <dnnl.h>
+#include <dnnl_debug.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "core/base/mem.h"
+
+#if DNNL_VERSION_MAJOR != 2
+#error "this file is written for oneDNN 2.x: its memory descriptors and operation descriptors are another API in 3.x"
+#endif
+
+typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, KINDS } kind;
+
+/* A product's key.  x_row and y_row: distance of the rows of x (or dx) and of y (or dy). */
+typedef struct {
+    kind kind;
+    int64_t rows, out, in, x_row, y_row;
+} shape;
+
+/* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT. */
+typedef struct {
+    shape shape;
+    bool packed;                    /* reads the layout's packed weights, not w in place */
+    uint64_t used;                  /* the engine's clock at its latest use */
+    dnnl_primitive_t primitive;
+    dnnl_memory_t src, dst;
+    dnnl_memory_t weights;          /* x of BACKWARD_WEIGHT; otherwise NULL: the matrix has it */
+} product;
+
+/* How the weights of one kind and matrix shape are packed. */
+typedef struct layout {
+    struct layout *next;
+    shape shape;                    /* its kind, out and in */
+    bool packed;                    /* false: oneDNN would rather read w in place */
+    dnnl_memory_desc_t md;
+    dnnl_primitive_t reorder;
+} layout;
+
+/* Training needs about 20 products.  Serving meets ever new row counts: the least recently used product goes. */
+enum { MOST_PRODUCTS = 512 };
+
+typedef struct {
+    sel_linear_engine base;
+    dnnl_engine_t engine;
+    dnnl_stream_t stream;
+    layout *layouts;
+    product *products;              /* [MOST_PRODUCTS] */
+    int n_products;
+    uint64_t clock;
+} onednn;
+
+/* One direction's weights. */
+typedef struct {
+    const layout *layout;
+    void *block;                    /* packed copy, NULL where read in place */
+    dnnl_memory_t packed, plain;
+} weights;
+
+typedef struct {
+    sel_linear base;
+    weights weights[2];             /* FORWARD, BACKWARD_INPUT */
+} matrix;
+
+static const char *kind_name(kind k)
+{
+    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight" };
+    return names[k];
+}
+
+/* A oneDNN status as ours; the message names the call and the product. */
+static sel_status checked(dnnl_status_t status, const char *call, const shape *s)
+{
+    if (status == dnnl_success) return SEL_OK;
+    return sel_fail(status == dnnl_out_of_memory ? SEL_ENOMEM : SEL_EUSER,
+                    "oneDNN: %s failed (%s) for the %s product of %" PRId64 " rows with a matrix %" PRId64
+                    " x %" PRId64 " (row strides %" PRId64 ", %" PRId64 ")",
+                    call, dnnl_status2str(status), kind_name(s->kind), s->rows, s->out, s->in, s->x_row, s->y_row);
+}
+
+/* ---- what differs between oneDNN 2 and 3: descriptors ---- */
+
+static dnnl_status_t describe(dnnl_memory_desc_t *md, int64_t rows, int64_t columns, int64_t row, int64_t column)
+{
+    const dnnl_dims_t dims = { rows, columns }, strides = { row, column };
+    return dnnl_memory_desc_init_by_strides(md, 2, dims, dnnl_f32, strides);
+}
+
+static dnnl_status_t describe_any(dnnl_memory_desc_t *md, int64_t rows, int64_t columns)
+{
+    const dnnl_dims_t dims = { rows, columns };
+    return dnnl_memory_desc_init_by_tag(md, 2, dims, dnnl_f32, dnnl_format_tag_any);
+}
+
+static bool is_plain(const dnnl_memory_desc_t *md)
+{
+    return md->format_kind == dnnl_blocked && md->format_desc.blocking.inner_nblks == 0;
+}
+
+/* dst = src weights, or dst += src weights. */
+static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, const dnnl_memory_desc_t *src,
+                                     const dnnl_memory_desc_t *weights_md, const dnnl_memory_desc_t *dst,
+                                     bool accumulate)
+{
+    dnnl_matmul_desc_t desc;
+    dnnl_primitive_attr_t attr = NULL;
+    dnnl_post_ops_t post_ops = NULL;
+    dnnl_status_t rc = dnnl_matmul_desc_init(&desc, src, weights_md, NULL, dst);
+    if (rc == dnnl_success) rc = dnnl_primitive_attr_create(&attr);
+    if (rc == dnnl_success && accumulate) {
+        rc = dnnl_post_ops_create(&post_ops);
+        if (rc == dnnl_success) rc = dnnl_post_ops_append_sum(post_ops, 1.0f);
+        if (rc == dnnl_success) rc = dnnl_primitive_attr_set_post_ops(attr, post_ops);
+        if (post_ops) dnnl_post_ops_destroy(post_ops);
+    }
+    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(pd, &desc, attr, engine, NULL);
+    if (attr) dnnl_primitive_attr_destroy(attr);
+    return rc;
+}
+
+/* ---- products ---- */
+
+/* The weights as the caller stores them, [out][in]: columns of W^T for FORWARD, W itself for BACKWARD_INPUT. */
+static dnnl_status_t describe_plain_weights(dnnl_memory_desc_t *md, const shape *s)
+{
+    return s->kind == FORWARD ? describe(md, s->in, s->out, 1, s->in) : describe(md, s->out, s->in, s->in, 1);
+}
+
+static sel_status describe_ends(const shape *s, dnnl_memory_desc_t *src, dnnl_memory_desc_t *dst)
+{
+    dnnl_status_t a, b;
+    if (s->kind == FORWARD) {
+        a = describe(src, s->rows, s->in, s->x_row, 1);
+        b = describe(dst, s->rows, s->out, s->y_row, 1);
+    } else if (s->kind == BACKWARD_INPUT) {
+        a = describe(src, s->rows, s->out, s->y_row, 1);
+        b = describe(dst, s->rows, s->in, s->x_row, 1);
+    } else {
+        a = describe(src, s->out, s->rows, 1, s->y_row);   /* dy^T */
+        b = describe(dst, s->out, s->in, s->in, 1);
+    }
+    return checked(a != dnnl_success ? a : b, "dnnl_memory_desc_init_by_strides", s);
+}
+
+/* oneDNN's last resort, a plain loop nest, calls itself "ref". */
+static bool is_slow(const_dnnl_primitive_desc_t pd)
+{
+    const char *info = NULL;
+    return dnnl_primitive_desc_query(pd, dnnl_query_impl_info_str, 0, &info) != dnnl_success || !info ||
+           strncmp(info, "ref", 3) == 0;
+}
+
+static void product_free(product *p)
+{
+    if (p->primitive) dnnl_primitive_destroy(p->primitive);
+    if (p->src) dnnl_memory_destroy(p->src);
+    if (p->dst) dnnl_memory_destroy(p->dst);
+    if (p->weights) dnnl_memory_destroy(p->weights);
+    *p = (product){ 0 };
+}
+
+/* Fills *p for s; packing says how the weights may be packed (NULL for BACKWARD_WEIGHT). */
+static sel_status product_make(product *p, onednn *e, const shape *s, const layout *packing)
+{
+    dnnl_memory_desc_t src, dst, w;
+    dnnl_primitive_desc_t pd = NULL;
+    const bool accumulate = s->kind == BACKWARD_WEIGHT;
+    sel_status rc;
+
+    *p = (product){ .shape = *s };
+    SEL_TRY(describe_ends(s, &src, &dst));
+    if (packing && packing->packed) {
+        const dnnl_status_t got = describe_matmul(&pd, e->engine, &src, &packing->md, &dst, false);
+        p->packed = got == dnnl_success && !is_slow(pd);
+        if (!p->packed && got == dnnl_success) {
+            dnnl_primitive_desc_destroy(pd);
+            pd = NULL;
+        }
+    }
+    if (!p->packed) {
+        const dnnl_status_t got = accumulate ? describe(&w, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, s);
+        SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
+        SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
+    }
+    if ((rc = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s)) != SEL_OK) goto out;
+    rc = checked(dnnl_memory_create(&p->src, &src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+    if (rc != SEL_OK) goto out;
+    rc = checked(dnnl_memory_create(&p->dst, &dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+    if (rc != SEL_OK || !accumulate) goto out;
+    rc = checked(dnnl_memory_create(&p->weights, &w, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+out:
+    dnnl_primitive_desc_destroy(pd);
+    if (rc != SEL_OK) product_free(p);
+    return rc;
+}
+
+static bool same_shape(const shape *a, const shape *b)
+{
+    return a->kind == b->kind && a->rows == b->rows && a->out == b->out && a->in == b->in && a->x_row == b->x_row &&
+           a->y_row == b->y_row;
+}
+
+/* The engine's product of that shape, made where it is missing. */
+static sel_status product_get(product **out, onednn *e, const shape *s, const layout *packing)
+{
+    product *oldest = e->products;
+    for (int i = 0; i < e->n_products; i++) {
+        product *p = &e->products[i];
+        if (same_shape(&p->shape, s)) {
+            p->used = ++e->clock;
+            *out = p;
+            return SEL_OK;
+        }
+        if (p->used < oldest->used) oldest = p;
+    }
+    product made;
+    SEL_TRY(product_make(&made, e, s, packing));
+    product *place = oldest;
+    if (e->n_products < MOST_PRODUCTS) place = &e->products[e->n_products++];
+    else product_free(oldest);
+    made.used = ++e->clock;
+    *place = made;
+    *out = place;
+    return SEL_OK;
+}
+
+static sel_status execute(onednn *e, dnnl_primitive_t primitive, int n, const dnnl_exec_arg_t *args, const shape *s)
+{
+    SEL_TRY(checked(dnnl_primitive_execute(primitive, e->stream, n, args), "dnnl_primitive_execute", s));
+    return checked(dnnl_stream_wait(e->stream), "dnnl_stream_wait", s);
+}
+
+/* oneDNN takes pointers without const, also to what it only reads. */
+static sel_status point(dnnl_memory_t memory, const float *data, const shape *s)
+{
+    return checked(dnnl_memory_set_data_handle(memory, (void *)(uintptr_t)data), "dnnl_memory_set_data_handle", s);
+}
+
+static sel_status product_run(onednn *e, product *p, const float *src, dnnl_memory_t weights_memory, float *dst)
+{
+    SEL_TRY(point(p->src, src, &p->shape));
+    SEL_TRY(point(p->dst, dst, &p->shape));
+    const dnnl_exec_arg_t args[] = {
+        { DNNL_ARG_SRC, p->src }, { DNNL_ARG_WEIGHTS, weights_memory }, { DNNL_ARG_DST, p->dst },
+    };
+    return execute(e, p->primitive, 3, args, &p->shape);
+}
+
+/* ---- layouts ---- */
+
+/* What oneDNN wants for many rows without gaps.  Rows play no part in its choice of blocks, so any count serves. */
+static sel_status layout_make(layout *made, onednn *e)
+{
+    const shape *s = &made->shape;
+    dnnl_memory_desc_t src, dst, any, plain;
+    dnnl_primitive_desc_t pd = NULL;
+
+    SEL_TRY(describe_ends(s, &src, &dst));
+    SEL_TRY(checked(s->kind == FORWARD ? describe_any(&any, s->in, s->out) : describe_any(&any, s->out, s->in),
+                    "dnnl_memory_desc_init_by_tag", s));
+    SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &any, &dst, false), "dnnl_primitive_desc_create", s));
+    const dnnl_memory_desc_t *wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
+    made->packed = wanted && !is_plain(wanted) && !is_slow(pd);
+    if (made->packed) made->md = *wanted;
+    dnnl_primitive_desc_destroy(pd);
+    if (!made->packed) return SEL_OK;
+
+    SEL_TRY(checked(describe_plain_weights(&plain, s), "dnnl_memory_desc_init_by_strides", s));
+    SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, &plain, e->engine, &made->md, e->engine, NULL),
+                    "dnnl_reorder_primitive_desc_create", s));
+    const sel_status rc = checked(dnnl_primitive_create(&made->reorder, pd), "dnnl_primitive_create", s);
+    dnnl_primitive_desc_destroy(pd);
+    return rc;
+}
+
+static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_out, int64_t n_in)
+{
+    const shape s = { .kind = k, .rows = 512, .out = n_out, .in = n_in, .x_row = n_in, .y_row = n_out };
+    for (layout *at = e->layouts; at; at = at->next)
+        if (same_shape(&at->shape, &s)) {
+            *out = at;
+            return SEL_OK;
+        }
+    layout *made = calloc(1, sizeof *made);
+    if (!made) return sel_fail(SEL_ENOMEM, "oneDNN: no memory for a layout of %" PRId64 " x %" PRId64, n_out, n_in);
+    made->shape = s;
+    const sel_status rc = layout_make(made, e);
+    if (rc != SEL_OK) {
+        free(made);
+        return rc;
+    }
+    made->next = e->layouts;
+    e->layouts = made;
+    *out = made;
+    return SEL_OK;
+}
+
+static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in)
+{
+    dnnl_memory_desc_t plain;
+    SEL_TRY(layout_get(&w->layout, e, k, n_out, n_in));
+    const shape *s = &w->layout->shape;
+    SEL_TRY(checked(describe_plain_weights(&plain, s), "dnnl_memory_desc_init_by_strides", s));
+    SEL_TRY(checked(dnnl_memory_create(&w->plain, &plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
+    if (!w->layout->packed) return SEL_OK;
+    w->block = sel_alloc(dnnl_memory_desc_get_size(&w->layout->md), "the packed weights of a linear layer");
+    if (!w->block) return SEL_ENOMEM;
+    return checked(dnnl_memory_create(&w->packed, &w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
+}
+
+static void weights_free(weights *w)
+{
+    if (w->packed) dnnl_memory_destroy(w->packed);
+    if (w->plain) dnnl_memory_destroy(w->plain);
+    sel_free(w->block);
+}
+
+static sel_status weights_pack(weights *w, onednn *e, const float *data)
+{
+    const shape *s = &w->layout->shape;
+    SEL_TRY(point(w->plain, data, s));
+    if (!w->layout->packed) return SEL_OK;
+    const dnnl_exec_arg_t args[] = { { DNNL_ARG_FROM, w->plain }, { DNNL_ARG_TO, w->packed } };
+    return execute(e, w->layout->reorder, 2, args, s);
+}
+
+/* ---- the library's calls ---- */
+
+static sel_status onednn_open(sel_linear_engine *base)
+{
+    onednn *e = (onednn *)base;
+    const dnnl_version_t *v = dnnl_version();
+    snprintf(base->version, sizeof base->version, "oneDNN %d.%d.%d", v->major, v->minor, v->patch);
+    if (v->major != DNNL_VERSION_MAJOR)
+        return sel_fail(SEL_EUSER, "%s is loaded, but this program was built for oneDNN %d", base->version,
+                        DNNL_VERSION_MAJOR);
+    if (v->cpu_runtime != DNNL_RUNTIME_OMP && !(v->cpu_runtime == DNNL_RUNTIME_SEQ && base->threads == 1))
+        return sel_fail(SEL_EUSER, "%s was built without OpenMP and cannot be given %d threads; use one that was, or "
+                        "compute.linear_backend: openblas", base->version, base->threads);
+    e->products = calloc(MOST_PRODUCTS, sizeof *e->products);
+    if (!e->products) return sel_fail(SEL_ENOMEM, "oneDNN: no memory for the table of products");
+    dnnl_status_t rc = dnnl_engine_create(&e->engine, dnnl_cpu, 0);
+    if (rc == dnnl_success) rc = dnnl_stream_create(&e->stream, e->engine, dnnl_stream_default_flags);
+    if (rc == dnnl_success) return SEL_OK;
+    return sel_fail(rc == dnnl_out_of_memory ? SEL_ENOMEM : SEL_EUSER, "%s: no CPU engine (%s)", base->version,
+                    dnnl_status2str(rc));
+}
+
+static void onednn_close(sel_linear_engine *base)
+{
+    onednn *e = (onednn *)base;
+    for (int i = 0; i < e->n_products; i++) product_free(&e->products[i]);
+    free(e->products);
+    while (e->layouts) {
+        layout *gone = e->layouts;
+        e->layouts = gone->next;
+        if (gone->reorder) dnnl_primitive_destroy(gone->reorder);
+        free(gone);
+    }
+    if (e->stream) dnnl_stream_destroy(e->stream);
+    if (e->engine) dnnl_engine_destroy(e->engine);
+}
+
+static sel_status onednn_make(sel_linear *base)
+{
+    matrix *m = (matrix *)base;
+    onednn *e = (onednn *)base->engine;
+    SEL_TRY(weights_make(&m->weights[FORWARD], e, FORWARD, base->out, base->in));
+    if (!base->backward) return SEL_OK;
+    return weights_make(&m->weights[BACKWARD_INPUT], e, BACKWARD_INPUT, base->out, base->in);
+}
+
+static void onednn_drop(sel_linear *base)
+{
+    matrix *m = (matrix *)base;
+    weights_free(&m->weights[FORWARD]);
+    weights_free(&m->weights[BACKWARD_INPUT]);
+}
+
+static sel_status onednn_pack(sel_linear *base, const float *w)
+{
+    matrix *m = (matrix *)base;
+    onednn *e = (onednn *)base->engine;
+    SEL_TRY(weights_pack(&m->weights[FORWARD], e, w));
+    return base->backward ? weights_pack(&m->weights[BACKWARD_INPUT], e, w) : SEL_OK;
+}
+
+/* The matrix's product of that kind and shape. */
+static sel_status product_of(product **p, const sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row)
+{
+    const matrix *m = (const matrix *)base;
+    const shape s = { .kind = k, .rows = rows, .out = base->out, .in = base->in, .x_row = x_row, .y_row = y_row };
+    return product_get(p, (onednn *)base->engine, &s, k == BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
+}
+
+static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row)
+{
+    product *p;
+    const int kinds = base->backward ? KINDS : BACKWARD_INPUT;
+    for (int k = FORWARD; k < kinds; k++) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
+    return SEL_OK;
+}
+
+/* dst = src times the matrix in the direction of the kind */
+static sel_status multiply(sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row, const float *src,
+                           float *dst)
+{
+    const weights *w = &((const matrix *)base)->weights[k];
+    product *p;
+    SEL_TRY(product_of(&p, base, k, rows, x_row, y_row));
+    return product_run((onednn *)base->engine, p, src, p->packed ? w->packed : w->plain, dst);
+}
+
+static sel_status onednn_forward(sel_linear *base, int64_t rows, const float *x, int64_t x_row, float *y,
+                                 int64_t y_row)
+{
+    return multiply(base, FORWARD, rows, x_row, y_row, x, y);
+}
+
+static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+                                        int64_t dx_row)
+{
+    return multiply(base, BACKWARD_INPUT, rows, dx_row, dy_row, dy, dx);
+}
+
+static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const float *dy, int64_t dy_row,
+                                         const float *x, int64_t x_row, float *dw)
+{
+    product *p;
+    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, dy_row));
+    SEL_TRY(point(p->weights, x, &p->shape));
+    return product_run((onednn *)base->engine, p, dy, p->weights, dw);
+}
+
+const sel_linear_library_calls sel_linear_onednn_calls = {
+    .engine_bytes = sizeof(onednn),
+    .matrix_bytes = sizeof(matrix),
+    .open = onednn_open,
+    .close = onednn_close,
+    .make = onednn_make,
+    .drop = onednn_drop,
+    .pack = onednn_pack,
+    .prepare = onednn_prepare,
+    .forward = onednn_forward,
+    .backward_input = onednn_backward_input,
+    .backward_weight = onednn_backward_weight,
+};

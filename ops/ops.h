@@ -1,0 +1,79 @@
+/* ops.h: every operation of a training step but the linear layers: one table of
+ * function pointers, filled once for the processor (C first, faster ones laid over it).
+ *
+ * Arrays are float32, row-major, and do not overlap unless a comment says so.
+ * `threads` OpenMP threads are used; for equal threads results are equal to the bit.
+ * n = 0 rows are allowed everywhere and do nothing.  NaN in gives NaN out.
+ */
+#ifndef SEL_OPS_OPS_H
+#define SEL_OPS_OPS_H
+
+#include "ops/attention.h"
+#include "ops/cpu.h"
+
+typedef struct sel_ops {
+    sel_cpu_level level;
+
+    /* x [rows][D] = table[token] + positions[pos0 + r % n]: tok [vocab][D], pos [context][D];
+       tokens [rows], n rows a sequence. */
+    void (*embed_forward)(float *x, const int32_t *tokens, const float *tok, const float *pos, int64_t rows,
+                          int64_t n, int64_t pos0, int64_t D, int threads);
+
+    /* dtok[token] += dx, dpos[r % n] += dx; pos0 = 0. */
+    void (*embed_backward)(float *dtok, float *dpos, const float *dx, const int32_t *tokens, int64_t rows,
+                           int64_t n, int64_t D, int threads);
+
+    /* y[r] = x[r] / rms(x[r]) * w with rms = sqrt(mean of squares + 1e-6); rstd [rows] = 1 / rms,
+       NULL where not wanted. */
+    void (*rmsnorm_forward)(float *y, float *rstd, const float *x, const float *w, int64_t rows, int64_t D,
+                            int threads);
+
+    /* dx[r] += gradient through the norm (dx holds the residual branch's gradient);
+       dw [D] += ; scratch [threads][D]. */
+    void (*rmsnorm_backward)(float *dx, float *dw, const float *dy, const float *x, const float *rstd,
+                             const float *w, float *scratch, int64_t rows, int64_t D, int threads);
+
+    /* q/k norm: the same norm over each head's dh values, one w [dh] for all heads.
+       x and y: rows of `heads` heads, x_row and y_row floats apart; rstd [rows][heads]. */
+    void (*headnorm_forward)(float *y, int64_t y_row, float *rstd, const float *x, int64_t x_row, const float *w,
+                             int64_t rows, int64_t heads, int64_t dh, int threads);
+
+    /* dx = gradient (overwritten; may be dy); dw [dh] += ; scratch [threads][dh]. */
+    void (*headnorm_backward)(float *dx, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
+                              const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
+                              int64_t rows, int64_t heads, int64_t dh, int threads);
+
+    /* a [rows][Fw] = silu(gate) * up; gu [rows][2 Fw]: gate's Fw values, then up's. */
+    void (*swiglu_forward)(float *a, const float *gu, int64_t rows, int64_t Fw, int threads);
+
+    /* dgu [rows][2 Fw] from da and gu; dgu may be gu.  a, where not NULL, is rebuilt as forward gave it. */
+    void (*swiglu_backward)(float *dgu, float *a, const float *da, const float *gu, int64_t rows, int64_t Fw,
+                            int threads);
+
+    /* y += x, n values */
+    void (*add)(float *y, const float *x, int64_t n, int threads);
+
+    /* Per row of logits [rows][V] (in place): logp[r] = log softmax at target[r] in double;
+       best[r] = 1 where target is the largest logit (first among equals), else 0; where
+       grad_scale is not 0 the logits become grad_scale * (softmax - onehot).  A target < 0 is
+       padding: logp 0, best 0, gradient 0. */
+    void (*cross_entropy)(float *logits, double *logp, uint8_t *best, const int32_t *target, float grad_scale,
+                          int64_t rows, int64_t V, int threads);
+
+    /* AdamW (Loshchilov & Hutter) on n values: m, v moments; g is scaled by g_scale (clipping)
+       first; correction1 = 1 - beta1^t, correction2 = 1 - beta2^t; w -= lr (mhat / (sqrt(vhat) + eps) + decay w). */
+    void (*adamw)(float *w, float *m, float *v, const float *g, int64_t n, double g_scale, double lr, double beta1,
+                  double beta2, double eps, double decay, double correction1, double correction2, int threads);
+
+    /* Sum of squares in double over fixed blocks of 65,536 values, blocks added in order: the
+       same for any thread count. */
+    double (*sum_squares)(const float *x, int64_t n, int threads);
+
+    sel_attention_forward_fn  *attention_forward;
+    sel_attention_backward_fn *attention_backward;
+} sel_ops;
+
+/* Fills the table for a level: plain C compiled for it, then the files that level adds. */
+void sel_ops_init(sel_ops *ops, sel_cpu_level level);
+
+#endif

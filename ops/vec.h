@@ -1,0 +1,71 @@
+/* vec.h: the vectors of the portable kernels: as wide as the level that a file is compiled for.
+ *
+ * GCC's and clang's generic vectors: arithmetic, comparison and shuffles without a
+ * word of any instruction set.  A kernel file includes this, writes its functions as
+ * SEL_FN(name), and is compiled once a level.
+ */
+#ifndef SEL_OPS_VEC_H
+#define SEL_OPS_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define SEL_PASTE_(a, b) a##_##b
+#define SEL_PASTE(a, b) SEL_PASTE_(a, b)
+#define SEL_FN(name) SEL_PASTE(name, SEL_LEVEL)   /* sel_add -> sel_add_avx2 */
+
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX__)
+#define VL 8
+#else
+#define VL 4
+#endif
+
+typedef float   vf __attribute__((vector_size(4 * VL), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
+typedef float   vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+
+static inline vf vload(const float *p) { return *(const vf_u *)p; }
+static inline void vstore(float *p, vf x) { *(vf_u *)p = x; }
+static inline vf vset1(float x) { return x - (vf){ 0 }; }
+
+/* a where the mask's lanes are all ones, b where they are zero. */
+static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
+static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
+
+static inline float vsum(vf x)
+{
+    float lane[VL], s = 0.0f;
+    vstore(lane, x);
+    for (int i = 0; i < VL; i++) s += lane[i];
+    return s;
+}
+
+/* exp(x) within 2 ulp for x in [-87.3, 88.7]; below that exactly 0, -inf included;
+   above it +inf; NaN gives NaN.  x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts. */
+static inline vf vexp(vf x)
+{
+    const vf lo = vset1(-87.33654f), hi = vset1(88.72284f), magic = vset1(12582912.0f);
+    const vf xc = vmin(vmax(x, lo), hi);                 /* NaN goes to lo here, restored below */
+    const vf t = xc * 1.44269504f + magic;               /* n in the low bits */
+    const vf n = t - magic;
+    const vf r = (xc - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = vset1(1.9875691500e-4f);                      /* Cephes expf's polynomial */
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    /* 2^n in two factors, so that n = 128 does not overflow the exponent's field */
+    const vi e = (vi)t - (vi)magic;
+    const vi e1 = e >> 1, e2 = e - e1;
+    vf y = p * (vf)((e1 + 127) << 23) * (vf)((e2 + 127) << 23);
+    y = vselect(x < lo, vset1(0.0f), y);
+    y = vselect(x > hi, vset1(__builtin_inff()), y);
+    return vselect(x != x, x, y);
+}
+
+#endif
