@@ -267,7 +267,7 @@ static bool mine(int64_t J, int thread, int threads)
     return k == thread || k == 2 * threads - 1 - thread;
 }
 
-void SEL_FN(sel_attention_backward)(const sel_attention *a, const sel_attention_grad *g)
+static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
     const attention_plan p = sel_attention_plan(a, true);
     const int64_t whole = attention_whole(a);
@@ -300,8 +300,4 @@ void SEL_FN(sel_attention_backward)(const sel_attention *a, const sel_attention_
     }
 }
 
-void SEL_FN(sel_ops_attention_init)(sel_ops *ops)
-{
-    ops->attention_forward = SEL_FN(sel_attention_forward);
-    ops->attention_backward = SEL_FN(sel_attention_backward);
-}
+void SEL_FN(sel_ops_attention_backward_init)(sel_ops *ops) { ops->attention_backward = attention_backward; }

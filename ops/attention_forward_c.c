@@ -9,6 +9,7 @@
 #include <math.h>
 #include <omp.h>
 #include "ops/attention_tile.h"
+#include "ops/levels.h"
 
 typedef struct {
     const sel_attention *a;
@@ -243,7 +244,7 @@ static void forward_shared(const sel_attention *a, const attention_plan *p, int6
     store_memory(&best);
 }
 
-void SEL_FN(sel_attention_forward)(const sel_attention *a)
+static void attention_forward(const sel_attention *a)
 {
     const attention_plan p = sel_attention_plan(a, false);
     const int64_t whole = attention_whole(a);
@@ -265,3 +266,5 @@ void SEL_FN(sel_attention_forward)(const sel_attention *a)
         }
     }
 }
+
+void SEL_FN(sel_ops_attention_forward_init)(sel_ops *ops) { ops->attention_forward = attention_forward; }

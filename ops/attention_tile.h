@@ -12,9 +12,6 @@
 #include "ops/attention_plan.h"
 #include "ops/vec.h"
 
-void SEL_FN(sel_attention_forward)(const sel_attention *a);
-void SEL_FN(sel_attention_backward)(const sel_attention *a, const sel_attention_grad *g);
-
 #define MASKED (-1e30f)     /* logit of a key that a row does not see; exp of it is exactly 0 */
 #define LEAST  (-1e29f)     /* where a row's maximum starts: above MASKED, below any logit */
 

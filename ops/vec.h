@@ -7,6 +7,7 @@
 #ifndef SEL_OPS_VEC_H
 #define SEL_OPS_VEC_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -28,6 +29,27 @@ typedef float   vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias))
 
 static inline vf vload(const float *p) { return *(const vf_u *)p; }
 static inline void vstore(float *p, vf x) { *(vf_u *)p = x; }
+
+/* The first n of them where n < VL; the other lanes are 0, or not stored. */
+static inline vf vload_n(const float *p, int64_t n)
+{
+    if (n >= VL) return vload(p);
+    float lane[VL] = { 0 };
+    for (int64_t i = 0; i < n; i++) lane[i] = p[i];
+    return vload(lane);
+}
+
+static inline void vstore_n(float *p, vf x, int64_t n)
+{
+    if (n >= VL) {
+        vstore(p, x);
+        return;
+    }
+    float lane[VL];
+    vstore(lane, x);
+    for (int64_t i = 0; i < n; i++) p[i] = lane[i];
+}
+
 static inline vf vset1(float x) { return x - (vf){ 0 }; }
 
 /* a where the mask's lanes are all ones, b where they are zero. */
@@ -35,12 +57,22 @@ static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~m
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
 
+static inline vf vsqrt(vf x)
+{
+    float lane[VL];
+    vstore(lane, x);
+    for (int i = 0; i < VL; i++) lane[i] = sqrtf(lane[i]);   /* one instruction with -fno-math-errno */
+    return vload(lane);
+}
+
 static inline float vsum(vf x)
 {
-    float lane[VL], s = 0.0f;
+    typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+    float lane[VL];
     vstore(lane, x);
-    for (int i = 0; i < VL; i++) s += lane[i];
-    return s;
+    v4 s = *(const v4 *)lane;                            /* by fours: all lanes in a row would wait for each other */
+    for (int i = 4; i < VL; i += 4) s += *(const v4 *)(lane + i);
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 /* exp(x) within 2 ulp for x in [-87.3, 88.7]; below that exactly 0, -inf included;

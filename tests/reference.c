@@ -474,13 +474,14 @@ static void layer_backward(const sel_ref_dims *d, const sel_ref_attention *a, co
     layer_state_free(&g);
 }
 
-/* Mean of -log softmax(logits)[target]; the logits become its gradient. */
-static double cross_entropy(double *logits, const int32_t *targets, int64_t T, int64_t V)
+/* logp [T] = log softmax(logits)[target]; returns the mean of -logp, whose gradient the logits become. */
+static double cross_entropy(double *logits, const int32_t *targets, int64_t T, int64_t V, double *logp)
 {
     int64_t predicted = 0;
     double loss = 0.0;
     for (int64_t t = 0; t < T; t++) predicted += targets[t] >= 0;
     for (int64_t t = 0; t < T; t++, logits += V) {
+        logp[t] = 0.0;
         if (targets[t] < 0) {
             memset(logits, 0, (size_t)V * sizeof *logits);
             continue;
@@ -488,7 +489,8 @@ static double cross_entropy(double *logits, const int32_t *targets, int64_t T, i
         double top = -INFINITY, sum = 0.0;
         for (int64_t i = 0; i < V; i++) top = fmax(top, logits[i]);
         for (int64_t i = 0; i < V; i++) sum += exp(logits[i] - top);
-        loss += top + log(sum) - logits[targets[t]];
+        logp[t] = logits[targets[t]] - top - log(sum);
+        loss -= logp[t];
         for (int64_t i = 0; i < V; i++)
             logits[i] = (exp(logits[i] - top) / sum - (i == targets[t])) / (double)predicted;
     }
@@ -496,7 +498,7 @@ static double cross_entropy(double *logits, const int32_t *targets, int64_t T, i
 }
 
 void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int32_t *inputs, const int32_t *targets,
-                        int64_t B, int64_t n, double *loss, double *memory_loss, double *grad)
+                        int64_t B, int64_t n, double *loss, double *memory_loss, double *logp, double *grad)
 {
     const sel_ref_dims *d = &m->dims;
     const int64_t T = B * n, D = d->D;
@@ -519,7 +521,7 @@ void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int3
 
     layer_state *states = calloc((size_t)(d->L > 0 ? d->L : 1), sizeof *states);
     if (!states) abort();
-    double *x = zeros(T * D), *h = zeros(T * D), *logits = zeros(T * d->V), *m_max = zeros(B);
+    double *x = zeros(T * D), *h = zeros(T * D), *logits = zeros(T * d->V), *m_max = zeros(B), *lp = zeros(T);
 
     for (int64_t t = 0; t < T; t++)
         for (int64_t i = 0; i < D; i++) x[t * D + i] = tok[inputs[t] * D + i] + pos[t % n * D + i];
@@ -534,7 +536,8 @@ void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int3
     }
     rmsnorm(h, x, norm, T, D);
     linear(logits, h, head, T, d->V, D);
-    *loss = cross_entropy(logits, targets, T, d->V);
+    *loss = cross_entropy(logits, targets, T, d->V, lp);
+    if (logp) memcpy(logp, lp, (size_t)T * sizeof *lp);
 
     if (grad) {
         memset(grad, 0, (size_t)total * sizeof *grad);
@@ -558,6 +561,7 @@ void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int3
     free(h);
     free(logits);
     free(m_max);
+    free(lp);
     free(weights);
     free(tensors);
 }

@@ -72,8 +72,9 @@ typedef struct {
 } sel_ref_model;
 
 /* Mean cross-entropy of B sequences of n tokens over all targets >= 0 (inputs and targets [B][n]), and
-   epsilon times the mean memory loss.  grad [total]: gradient of their sum, overwritten; NULL: not wanted. */
+   epsilon times the mean memory loss.  logp [B][n]: log p of each target, 0 where there is none; grad [total]:
+   gradient of the two losses' sum, overwritten; either NULL: not wanted. */
 void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int32_t *inputs, const int32_t *targets,
-                        int64_t B, int64_t n, double *loss, double *memory_loss, double *grad);
+                        int64_t B, int64_t n, double *loss, double *memory_loss, double *logp, double *grad);
 
 #endif

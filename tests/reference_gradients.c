@@ -190,16 +190,16 @@ static void check_model(int s, int64_t Hkv, int64_t window, double epsilon)
     }
     targets[3] = -1;
 
-    sel_ref_model_loss(&m, params, inputs, targets, B, n, &loss, &memory, grad);
+    sel_ref_model_loss(&m, params, inputs, targets, B, n, &loss, &memory, NULL, grad);
     CHECK(loss > 0.5 && loss < 10.0, "loss %g", loss);
     CHECK((memory != 0.0) == (epsilon > 0.0 && m.attention.selective), "memory loss %g", memory);
     for (int64_t i = 0; i < total; i++) {
         const double kept = params[i];
         double above_memory, below_memory, above, below;
         params[i] = kept + STEP;
-        sel_ref_model_loss(&m, params, inputs, targets, B, n, &above, &above_memory, NULL);
+        sel_ref_model_loss(&m, params, inputs, targets, B, n, &above, &above_memory, NULL, NULL);
         params[i] = kept - STEP;
-        sel_ref_model_loss(&m, params, inputs, targets, B, n, &below, &below_memory, NULL);
+        sel_ref_model_loss(&m, params, inputs, targets, B, n, &below, &below_memory, NULL, NULL);
         params[i] = kept;
         numeric[i] = (above + above_memory - below - below_memory) / (2.0 * STEP);
     }

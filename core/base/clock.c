@@ -26,7 +26,7 @@ void sel_format_duration(char out[32], double seconds)
         snprintf(out, 32, "-");
         return;
     }
-    if (seconds > 1e12) {   /* 30,000 years */
+    if (seconds > 1e12) { /* 30,000 years */
         snprintf(out, 32, ">9999999d");
         return;
     }

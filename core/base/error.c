@@ -26,7 +26,7 @@ static void trim_split_character(char *line, size_t length)
 sel_status sel_fail(sel_status code, const char *fmt, ...)
 {
     const int saved_errno = errno;
-    char line[LINE_BYTES];   /* an argument may be sel_error() itself */
+    char line[LINE_BYTES]; /* an argument may be sel_error() itself */
     va_list args;
 
     va_start(args, fmt);
@@ -48,8 +48,9 @@ const char *sel_error(void)
 int sel_exit_status(sel_status code)
 {
     switch (code) {
-#define EXIT_OF(name, value, exit_status, text) \
-    case name: return exit_status;
+#define EXIT_OF(name, value, exit_status, text)                                                                        \
+    case name:                                                                                                         \
+        return exit_status;
         SEL_STATUSES(EXIT_OF)
 #undef EXIT_OF
     }

@@ -14,13 +14,13 @@
 typedef struct {
     const char *phase, *kind;
     int64_t step;
-    bool done;   /* a fault happens once in the life of a process */
+    bool done; /* a fault happens once in the life of a process */
 } fault;
 
 static const char *const phases[] = {"data", "forward", "backward", "reduce", "optimizer", "validate", "save", NULL};
 static const char *const kinds[] = {"kill", "stop", "sleep", "term", "nan", "enospc", NULL};
 
-static fault faults[MAX_FAULTS];   /* those of this rank */
+static fault faults[MAX_FAULTS]; /* those of this rank */
 static int n_faults;
 
 /* The word of the list, or NULL. */
@@ -34,7 +34,7 @@ static const char *find_word(const char *const *words, const char *word)
 static bool read_count(const char *text, int64_t *out)
 {
     char *end;
-    if (*text < '0' || *text > '9') return false;   /* no sign, no space, not empty */
+    if (*text < '0' || *text > '9') return false; /* no sign, no space, not empty */
     errno = 0;
     const long long value = strtoll(text, &end, 10);
     *out = value;
@@ -72,7 +72,8 @@ static sel_status read_fault(char *text, int rank)
                         field[3]);
 
     if (at_rank != rank) return SEL_OK;
-    if (n_faults == MAX_FAULTS) return sel_fail(SEL_EUSER, "SELECTRA_FAULT: more than %d faults for a rank", MAX_FAULTS);
+    if (n_faults == MAX_FAULTS)
+        return sel_fail(SEL_EUSER, "SELECTRA_FAULT: more than %d faults for a rank", MAX_FAULTS);
     faults[n_faults++] = (fault){.phase = phase, .kind = kind, .step = step};
     return SEL_OK;
 }
@@ -108,13 +109,13 @@ bool sel_fault(const char *phase, int64_t step, const char *kind)
         if (f->done || f->step != step || strcmp(f->phase, phase) != 0) continue;
 
         const bool callers = strcmp(f->kind, "nan") == 0 || strcmp(f->kind, "enospc") == 0;
-        if (callers && !(kind && strcmp(f->kind, kind) == 0)) continue;   /* for another call at this place */
+        if (callers && !(kind && strcmp(f->kind, kind) == 0)) continue; /* for another call at this place */
         f->done = true;
         if (callers) due = true;
-        else if (strcmp(f->kind, "kill") == 0) kill(getpid(), SIGKILL);
-        else if (strcmp(f->kind, "stop") == 0) kill(getpid(), SIGSTOP);
-        else if (strcmp(f->kind, "term") == 0) kill(getpid(), SIGTERM);
-        else sleep_seconds(30);
+        if (strcmp(f->kind, "kill") == 0) kill(getpid(), SIGKILL);
+        if (strcmp(f->kind, "stop") == 0) kill(getpid(), SIGSTOP);
+        if (strcmp(f->kind, "term") == 0) kill(getpid(), SIGTERM);
+        if (strcmp(f->kind, "sleep") == 0) sleep_seconds(30);
     }
     return due;
 }

@@ -12,7 +12,7 @@
 #include <zlib.h>
 
 #define CHUNK ((size_t)1 << 20)
-#define OPEN_FOLDERS 16   /* descriptors that a tree walk may hold */
+#define OPEN_FOLDERS 16 /* descriptors that a tree walk may hold */
 
 static sel_status fail_errno(const char *path, const char *doing)
 {
@@ -27,7 +27,7 @@ sel_status sel_path_join(char out[SEL_PATH_MAX], const char *dir, const char *na
 
     if (length + slash + name_length >= SEL_PATH_MAX)
         return sel_fail(SEL_EUSER, "%.200s.../%.200s: path longer than %d bytes", dir, name, SEL_PATH_MAX - 1);
-    memmove(out, dir, length);   /* out may be dir */
+    memmove(out, dir, length); /* out may be dir */
     if (slash) out[length++] = '/';
     memcpy(out + length, name, name_length + 1);
     return SEL_OK;
@@ -62,7 +62,8 @@ sel_status sel_make_dirs(const char *path)
     char part[SEL_PATH_MAX];
     const size_t length = strlen(path);
     if (length == 0) return sel_fail(SEL_EUSER, "cannot make a folder without a name");
-    if (length >= SEL_PATH_MAX) return sel_fail(SEL_EUSER, "%.200s...: path longer than %d bytes", path, SEL_PATH_MAX - 1);
+    if (length >= SEL_PATH_MAX)
+        return sel_fail(SEL_EUSER, "%.200s...: path longer than %d bytes", path, SEL_PATH_MAX - 1);
 
     memcpy(part, path, length + 1);
     for (size_t i = 1; i < length; i++) {
@@ -120,8 +121,9 @@ static sel_status read_up_to(int fd, char *data, size_t bytes, size_t *got, cons
     while (*got < bytes) {
         const ssize_t n = read(fd, data + *got, bytes - *got);
         if (n == 0) break;
-        if (n > 0) *got += (size_t)n;
-        else if (errno != EINTR) return fail_errno(path, "read");
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return fail_errno(path, "read");
+        *got += (size_t)n;
     }
     return SEL_OK;
 }

@@ -12,13 +12,13 @@
 
 #define ALIGNMENT ((size_t)64)
 #define HUGE_PAGE ((size_t)2 << 20)
-#define LARGE     ((size_t)4 << 20)
-#define TAG       0x53656c656374726bULL
+#define LARGE ((size_t)4 << 20)
+#define TAG 0x53656c656374726bULL
 
 typedef struct {
-    uint64_t tag;    /* TAG: this is a block of sel_alloc that is in use */
-    void *base;      /* what the system gave */
-    size_t mapped;   /* bytes of the mapping; 0: base came from posix_memalign */
+    uint64_t tag;  /* TAG: this is a block of sel_alloc that is in use */
+    void *base;    /* what the system gave */
+    size_t mapped; /* bytes of the mapping; 0: base came from posix_memalign */
 } header;
 
 _Static_assert(sizeof(header) <= ALIGNMENT, "the header fits in front of the block");
@@ -59,7 +59,8 @@ void *sel_alloc(size_t bytes, const char *what)
 {
     void *block = NULL;
     if (bytes <= PTRDIFF_MAX - HUGE_PAGE - ALIGNMENT) block = bytes < LARGE ? alloc_small(bytes) : alloc_large(bytes);
-    if (!block) sel_fail(SEL_ENOMEM, "out of memory: %s needs %zu bytes (%.1f MiB)", what, bytes, (double)bytes / 0x1p20);
+    if (!block)
+        sel_fail(SEL_ENOMEM, "out of memory: %s needs %zu bytes (%.1f MiB)", what, bytes, (double)bytes / 0x1p20);
     return block;
 }
 

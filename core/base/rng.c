@@ -4,7 +4,7 @@
 #include "core/base/error.h"
 
 #define ROUNDS 10
-#define FEISTEL_ROUNDS 8   /* 4 suffice for wide halves; halves of few bits mix slowly */
+#define FEISTEL_ROUNDS 8 /* 4 suffice for wide halves; halves of few bits mix slowly */
 
 void sel_philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index)
 {
@@ -70,13 +70,12 @@ uint64_t sel_rng_permute(uint64_t seed, uint64_t stream, uint64_t n, uint64_t i)
     SEL_ASSERT(n >= 1 && i < n);
     if (n == 1) return 0;
 
-    int half = 1;   /* 4^half >= n */
+    int half = 1; /* 4^half >= n */
     while (half < 32 && ((uint64_t)1 << (2 * half)) < n) half++;
 
     /* Walking along the cycle from below n to below n again is itself a permutation. */
     uint64_t x = i;
-    do
-        x = feistel(seed, stream, half, x);
+    do x = feistel(seed, stream, half, x);
     while (x >= n);
     return x;
 }

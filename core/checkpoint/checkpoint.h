@@ -25,8 +25,9 @@ typedef struct {
 
 /* [collective] Saves params, and exp_avg and exp_avg_sq (all [layout total], the same on all ranks), every rank
    its byte range; moves `latest`; then deletes the oldest beyond `keep` (0: keeps all; never before the
-   new one is verified by size and, read back, by checksum).  A failure leaves the older ones untouched and
-   removes the attempt. */
+   new one is verified by size and, read back, by checksum).  All ranks return the same.  A failure leaves the older
+   ones untouched and removes the attempt; once the new one is in place, a failure of what follows (`latest`,
+   deleting) is told too, and the new one stays.  One that exists for the step is replaced. */
 sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *layout, const sel_checkpoint_info *info,
                                const float *params, const float *exp_avg, const float *exp_avg_sq, int64_t keep);
 

@@ -1,6 +1,7 @@
 /* load.c: tensors by name from a checkpoint's files straight into the arrays. */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>

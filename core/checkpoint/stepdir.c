@@ -196,7 +196,7 @@ static bool has_file(const sel_step_file *files, int n, const char *name)
 static sel_status check_own_crc32(json_t *root, const char *path)
 {
     json_t *value = json_object_get(root, "manifest_crc32");
-    uint32_t said, is;
+    uint32_t said, is = 0;
 
     if (!value) return SEL_OK;
     if (!parse_hex(value, &said)) return sel_fail(SEL_EFILE, "%s: manifest_crc32 is damaged", path);

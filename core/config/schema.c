@@ -1,21 +1,25 @@
 /* schema.c: the table of keys, and what a row can do: find, hint, compare. */
 #include "core/config/schema.h"
 
+#include <stdint.h>
 #include <string.h>
 
 #include "core/config/text.h"
 
 #define AT(field) offsetof(sel_config, field), sizeof(((sel_config *)NULL)->field)
-#define NO_FIELD  0, 0
+#define NO_FIELD 0, 0
 
-#define SEED_MAX  0x1p53
+#define NAME_MAX_BYTES 64 /* room for the longest key */
+
+#define SEED_MAX 0x1p53
 #define STEPS_MAX 1e12
 #define BATCH_MAX 0x1p24
 #define NO_MIXTURE "expected one packed folder; mixtures are not in this version"
 
 const sel_key sel_keys[] = {
     {"run.dir", SEL_KEY_TEXT, AT(run.dir), .preset = "", .help = "folder of the run; train needs it"},
-    {"run.seed", SEL_KEY_INT, AT(run.seed), .max = SEED_MAX, .preset = "0", .help = "of initial weights and data order"},
+    {"run.seed", SEL_KEY_INT, AT(run.seed), .max = SEED_MAX, .preset = "0",
+     .help = "of initial weights and data order"},
 
     {"model.d", SEL_KEY_INT, AT(model.d), .max = 1024, .preset = "0",
      .help = "size: sets the defaults of the other sizes; 0: each is given"},
@@ -50,8 +54,8 @@ const sel_key sel_keys[] = {
      .help = "what makes the selection"},
     {"attention.memory_loss.epsilon", SEL_KEY_NUMBER, AT(attention.memory_loss.epsilon), .max = 1e6, .preset = "0",
      .help = "weight of the memory loss; 0: none"},
-    {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6,
-     .preset = "1", .help = "F at which a token counts as fully masked"},
+    {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6, .preset = "1",
+     .help = "F at which a token counts as fully masked"},
     {"attention.dead_keys", SEL_KEY_WORD, NO_FIELD, .preset = "off", .choices = "off", .later = "exact|rounding",
      .help = "leaving masked keys out of the computation"},
 
@@ -161,28 +165,38 @@ static size_t name_distance(const char *written, const char *known)
     return whole < part ? whole : part;
 }
 
-/* Small enough for a slip of the fingers? */
-static bool is_near(const char *written, size_t distance)
+/* A slip of the fingers, or a shorter or longer form of the same word? */
+static bool is_near(const char *written, const char *known, size_t distance)
 {
-    return distance <= (strlen(last_part(written)) + 2) / 3;
+    const char *a = last_part(written), *b = last_part(known);
+    const size_t shorter = strlen(a) < strlen(b) ? strlen(a) : strlen(b);
+    return distance <= (strlen(a) + 2) / 3 || (shorter >= 3 && strncmp(a, b, shorter) == 0);
 }
 
-/* Keeps `known` when it is nearer than the best so far. */
-static void take_nearer(const char *written, const char *known, char best[SEL_YAML_KEY_MAX], size_t *least)
+/* Keeps `known` when it is nearer than the best so far, in doubt as a whole. */
+static void take_nearer(const char *written, const char *known, char best[NAME_MAX_BYTES], size_t *least)
 {
     const size_t distance = name_distance(written, known);
-    if (distance >= *least) return;
+    const bool as_near = distance == *least && sel_text_distance(written, known) < sel_text_distance(written, best);
+    if (distance >= *least && !as_near) return;
     *least = distance;
-    strncpy(best, known, SEL_YAML_KEY_MAX - 1);
+    snprintf(best, NAME_MAX_BYTES, "%s", known);
 }
 
-/* The nearest section: each key without its last part, and without the last two. */
-static size_t nearest_section(const char *written, char best[SEL_YAML_KEY_MAX])
+static size_t nearest_key(const char *written, char best[NAME_MAX_BYTES])
+{
+    size_t least = SIZE_MAX;
+    for (int i = 0; i < sel_n_keys; i++) take_nearer(written, sel_keys[i].key, best, &least);
+    return least;
+}
+
+/* The sections are what keys are without their last part, or their last two. */
+static size_t nearest_section(const char *written, char best[NAME_MAX_BYTES])
 {
     size_t least = SIZE_MAX;
     for (int i = 0; i < sel_n_keys; i++) {
-        char section[SEL_YAML_KEY_MAX] = "";
-        strncpy(section, sel_keys[i].key, sizeof section - 1);
+        char section[NAME_MAX_BYTES];
+        snprintf(section, sizeof section, "%s", sel_keys[i].key);
         for (char *dot; (dot = strrchr(section, '.'));) {
             *dot = '\0';
             take_nearer(written, section, best, &least);
@@ -191,34 +205,44 @@ static size_t nearest_section(const char *written, char best[SEL_YAML_KEY_MAX])
     return least;
 }
 
-static size_t nearest_key(const char *written, char best[SEL_YAML_KEY_MAX])
+/* "run, model, ...": the first parts of all keys. */
+static void list_sections(char *out, size_t bytes)
 {
-    size_t least = SIZE_MAX;
-    for (int i = 0; i < sel_n_keys; i++) take_nearer(written, sel_keys[i].key, best, &least);
-    return least;
+    size_t n = 0;
+    out[0] = '\0';
+    for (int i = 0; i < sel_n_keys; i++) {
+        const char *key = sel_keys[i].key;
+        const size_t length = strcspn(key, ".");
+        if (i > 0 && strncmp(sel_keys[i - 1].key, key, length + 1) == 0) continue;
+        if (n + length + 3 > bytes) return;
+        n += (size_t)snprintf(out + n, bytes - n, "%s%.*s", n ? ", " : "", (int)length, key);
+    }
 }
 
 void sel_key_hint(char out[SEL_HINT_MAX], const char *key, bool section)
 {
-    char best[SEL_YAML_KEY_MAX] = "", what[64] = "unknown key", shown[SEL_SHOWN_MAX];
-    size_t least;
-
+    char best[NAME_MAX_BYTES] = "", sections[SEL_HINT_MAX - 40], what[64] = "unknown key", shown[SEL_SHOWN_MAX];
     if (section) {
-        least = nearest_section(key, best);
-        if (is_near(key, least))
+        const size_t least = nearest_section(key, best);
+        list_sections(sections, sizeof sections);
+        if (is_near(key, best, least))
             snprintf(out, SEL_HINT_MAX, "unknown section; did you mean %s?", best);
         else
-            snprintf(out, SEL_HINT_MAX, "unknown section; the sections are run, model, attention, data, train, "
-                                        "checkpoint, dist and compute");
+            snprintf(out, SEL_HINT_MAX, "unknown section; the sections are %s", sections);
         return;
     }
 
     /* A dotted key may name a section that does not exist. */
+    const size_t length = strcspn(key, ".");
     char first[SEL_YAML_KEY_MAX] = "";
-    strncpy(first, key, strcspn(key, ".") < sizeof first ? strcspn(key, ".") : sizeof first - 1);
-    if (strchr(key, '.') && !sel_key_is_section(first))
-        snprintf(what, sizeof what, "unknown section %.40s", sel_text_show(shown, first));
-    least = nearest_key(key, best);
-    snprintf(out, SEL_HINT_MAX, is_near(key, least) ? "%s; did you mean %s?" : "%s; the nearest known key is %s", what,
-             best);
+    if (key[length] == '.' && length < sizeof first) {
+        memcpy(first, key, length);
+        if (!sel_key_is_section(first))
+            snprintf(what, sizeof what, "unknown section %.40s", sel_text_show(shown, first));
+    }
+    const size_t least = nearest_key(key, best);
+    if (is_near(key, best, least))
+        snprintf(out, SEL_HINT_MAX, "%s; did you mean %s?", what, best);
+    else
+        snprintf(out, SEL_HINT_MAX, "%s; the nearest known key is %s", what, best);
 }

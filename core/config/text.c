@@ -3,11 +3,11 @@
 
 #include <string.h>
 
-#define WORD_MAX 64   /* sel_text_distance looks at this much of b; keys are shorter */
+#define WORD_MAX 64 /* sel_text_distance looks at this much of b; keys are shorter */
 
 int32_t sel_utf8_next(const char **p)
 {
-    static const int32_t least[] = {0, 0x80, 0x800, 0x10000};   /* shorter forms exist below these */
+    static const int32_t least[] = {0, 0x80, 0x800, 0x10000}; /* shorter forms exist below these */
     const unsigned char *s = (const unsigned char *)*p;
     (*p)++;
     if (s[0] < 0x80) return s[0];
@@ -16,7 +16,7 @@ int32_t sel_utf8_next(const char **p)
     if (more == 0) return -1;
     int32_t c = s[0] & (0x3F >> more);
     for (int i = 1; i <= more; i++) {
-        if ((s[i] & 0xC0) != 0x80) return -1;   /* the final NUL too */
+        if ((s[i] & 0xC0) != 0x80) return -1; /* the final NUL too */
         c = c << 6 | (s[i] & 0x3F);
     }
     if (c < least[more] || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF)) return -1;

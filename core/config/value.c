@@ -13,12 +13,12 @@ static bool is_digit(char c)
     return c >= '0' && c <= '9';
 }
 
-/* A number as written: [+-] digits [. digits] [e [+-] digits].  Positions in the text. */
+/* A number as written: [+-] digits [. digits] [e [+-] digits]. */
 typedef struct {
-    bool negative, has_exponent;
-    const char *whole, *fraction;      /* first digits */
-    int64_t n_whole, n_fraction;       /* how many */
-    int64_t exponent;                  /* cut at +-99999 */
+    bool negative, has_point, has_exponent;
+    const char *whole, *fraction; /* the digits before and after the point */
+    int64_t n_whole, n_fraction;  /* how many */
+    int64_t exponent;             /* cut beyond +-10000, where no double is */
 } number;
 
 static int64_t count_digits(const char *s)
@@ -36,12 +36,15 @@ static bool scan_number(const char *s, number *out)
     n.whole = s;
     n.n_whole = count_digits(s);
     s += n.n_whole;
-    if (*s == '.') s++;
-    n.fraction = s;
-    if (s[-1] == '.') n.n_fraction = count_digits(s);
-    s += n.n_fraction;
+    n.has_point = *s == '.';
+    if (n.has_point) {
+        s++;
+        n.fraction = s;
+        n.n_fraction = count_digits(s);
+        s += n.n_fraction;
+    }
     if (n.n_whole + n.n_fraction == 0) return false;
-    if (n.n_whole > 1 && n.whole[0] == '0') return false;   /* 010 is octal to some */
+    if (n.n_whole > 1 && n.whole[0] == '0') return false; /* 010 is octal to some */
 
     if (*s == 'e' || *s == 'E') {
         n.has_exponent = true;
@@ -77,8 +80,7 @@ static bool read_integer(const char *text, int64_t *out)
 {
     number n;
     if (!scan_number(text, &n)) return false;
-    const bool has_point = n.fraction[-1] == '.' && n.fraction > n.whole;
-    if (has_point && !n.has_exponent) return false;
+    if (n.has_point && !n.has_exponent) return false;
 
     /* value * 10^zeros so far: zeros at the end wait until a digit follows. */
     int64_t value = 0, zeros = 0;
@@ -86,7 +88,7 @@ static bool read_integer(const char *text, int64_t *out)
     if (!push_digits(n.fraction, n.n_fraction, &value, &zeros)) return false;
     if (value != 0) {
         int64_t shift = zeros + n.exponent - n.n_fraction;
-        if (shift < 0) return false;   /* the last digit of value is not 0 */
+        if (shift < 0) return false; /* the last digit of value is not 0 */
         for (; shift > 0; shift--)
             if (__builtin_mul_overflow(value, 10, &value)) return false;
     }
@@ -98,7 +100,7 @@ static bool read_double(const char *text, double *out)
 {
     number n;
     if (!scan_number(text, &n)) return false;
-    *out = strtod(text, NULL) + 0.0;   /* -0 becomes 0 */
+    *out = strtod(text, NULL) + 0.0; /* -0 becomes 0 */
     return isfinite(*out);
 }
 
@@ -196,8 +198,9 @@ static sel_status set_integer(const sel_key *k, void *field, const char *value, 
         i = 0;
     else if (!read_integer(value, &i))
         return fail_value(k, value, SEL_YAML_PLAIN, where);
-    if (k->later && (double)i > k->max) return fail_later(k, value, where);
-    if ((double)i < k->min || (double)i > k->max) return fail_value(k, value, SEL_YAML_PLAIN, where);
+    const int64_t min = (int64_t)k->min, max = (int64_t)k->max; /* exact: up to 2^53 */
+    if (k->later && i > max) return fail_later(k, value, where);
+    if (i < min || i > max) return fail_value(k, value, SEL_YAML_PLAIN, where);
     if (field) memcpy(field, &i, sizeof i);
     return SEL_OK;
 }
@@ -224,7 +227,7 @@ static sel_status set_text(const sel_key *k, void *field, const char *value, sel
 {
     const size_t n = strlen(value);
     if (n >= k->bytes) return fail_value(k, value, kind, where);
-    memset(field, 0, k->bytes);   /* equal settings are equal bytes */
+    memset(field, 0, k->bytes); /* equal settings are equal bytes */
     memcpy(field, value, n);
     return SEL_OK;
 }
@@ -257,7 +260,7 @@ sel_status sel_key_set(const sel_key *k, sel_config *c, const char *value, sel_y
     default:
         break;
     }
-    if (kind == SEL_YAML_QUOTED) return fail_value(k, value, kind, where);   /* text is never a number */
+    if (kind == SEL_YAML_QUOTED) return fail_value(k, value, kind, where); /* text is never a number */
     if (k->type == SEL_KEY_INT) return set_integer(k, field, value, where);
     if (k->type == SEL_KEY_NUMBER) return set_number(k, field, value, where);
     return set_bool(k, field, value, where);

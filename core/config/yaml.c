@@ -12,16 +12,15 @@
 
 typedef struct {
     yaml_parser_t parser;
-    yaml_event_t event;             /* the latest; next() deletes it */
+    yaml_event_t event; /* the latest; next() deletes it */
     bool holds_event;
     const char *text, *name;
     size_t bytes, capacity;
-    char path[SEL_YAML_KEY_MAX];    /* the dotted key of the place that is being read */
+    char path[SEL_YAML_KEY_MAX]; /* the dotted key of the place that is being read */
     sel_yaml *out;
 } reader;
 
-__attribute__((format(printf, 3, 4)))
-static sel_status fail_at(const reader *r, int line, const char *fmt, ...)
+__attribute__((format(printf, 3, 4))) static sel_status fail_at(const reader *r, int line, const char *fmt, ...)
 {
     char what[512];
     va_list args;
@@ -125,12 +124,14 @@ static sel_status add(reader *r, sel_yaml_kind kind, int key_line, const char *v
 static sel_status append_key(reader *r, size_t length, size_t *longer)
 {
     char shown[SEL_SHOWN_MAX];
-    if (r->event.type != YAML_SCALAR_EVENT) return fail_at(r, line_of(r), "a key must be a word, not a list or mapping");
+    if (r->event.type != YAML_SCALAR_EVENT)
+        return fail_at(r, line_of(r), "a key must be a word, not a list or a mapping");
     const char *key = (const char *)r->event.data.scalar.value;
     const size_t n = strlen(key);
     if (n == 0) return fail_at(r, line_of(r), "a key is missing before \":\"");
     if (length + 1 + n >= SEL_YAML_KEY_MAX)
-        return fail_at(r, line_of(r), "%s: key longer than %d bytes", sel_text_show(shown, key), SEL_YAML_KEY_MAX - 2);
+        return fail_at(r, line_of(r), "the dotted key that ends in %s is longer than %d bytes",
+                       sel_text_show(shown, key), SEL_YAML_KEY_MAX - 2);
 
     if (length > 0) r->path[length++] = '.';
     memcpy(r->path + length, key, n + 1);
@@ -157,14 +158,15 @@ static sel_status read_mapping(reader *r, size_t length)
         SEL_TRY(next(r));
         if (r->event.type == YAML_MAPPING_END_EVENT) return SEL_OK;
 
-        size_t longer;
+        size_t longer = 0;
         SEL_TRY(append_key(r, length, &longer));
         const int key_line = line_of(r);
 
         SEL_TRY(next(r));
         if (r->event.type == YAML_SCALAR_EVENT) {
             const bool plain = r->event.data.scalar.style == YAML_PLAIN_SCALAR_STYLE;
-            SEL_TRY(add(r, plain ? SEL_YAML_PLAIN : SEL_YAML_QUOTED, key_line, (const char *)r->event.data.scalar.value));
+            const char *value = (const char *)r->event.data.scalar.value;
+            SEL_TRY(add(r, plain ? SEL_YAML_PLAIN : SEL_YAML_QUOTED, key_line, value));
         } else if (r->event.type == YAML_SEQUENCE_START_EVENT) {
             SEL_TRY(add(r, SEL_YAML_LIST, key_line, NULL));
             SEL_TRY(skip_list(r));
@@ -177,19 +179,20 @@ static sel_status read_mapping(reader *r, size_t length)
 
 static sel_status read_file(reader *r)
 {
-    SEL_TRY(next(r));   /* the stream's start */
+    SEL_TRY(next(r)); /* the stream's start */
     SEL_TRY(next(r));
     if (r->event.type == YAML_STREAM_END_EVENT) return SEL_OK;
 
-    SEL_TRY(next(r));   /* the document's start came before */
+    SEL_TRY(next(r)); /* the document's start came before */
     if (r->event.type == YAML_MAPPING_START_EVENT) {
         SEL_TRY(read_mapping(r, 0));
     } else {
         const bool empty = r->event.type == YAML_SCALAR_EVENT && r->event.data.scalar.length == 0 &&
-                           r->event.data.scalar.style == YAML_PLAIN_SCALAR_STYLE;   /* "---" alone */
-        if (!empty) return fail_at(r, line_of(r), "expected keys and values, such as \"model:\" and below it \"  d: 4\"");
+                           r->event.data.scalar.style == YAML_PLAIN_SCALAR_STYLE; /* "---" alone */
+        if (!empty)
+            return fail_at(r, line_of(r), "expected keys and values, such as \"model:\" and below it \"  d: 4\"");
     }
-    SEL_TRY(next(r));   /* the document's end */
+    SEL_TRY(next(r)); /* the document's end */
     SEL_TRY(next(r));
     if (r->event.type != YAML_STREAM_END_EVENT) return fail_at(r, line_of(r), "a second document: one file is one run");
     return SEL_OK;
@@ -199,9 +202,13 @@ sel_status sel_yaml_parse(sel_yaml *y, const char *text, size_t bytes, const cha
 {
     reader r = {.text = text, .bytes = bytes, .name = name, .out = y};
     *y = (sel_yaml){0};
+    if (bytes >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0) { /* a byte order mark */
+        r.text += 3;
+        r.bytes -= 3;
+    }
     if (!yaml_parser_initialize(&r.parser)) return sel_fail(SEL_ENOMEM, "out of memory: %s", name);
     yaml_parser_set_encoding(&r.parser, YAML_UTF8_ENCODING);
-    yaml_parser_set_input_string(&r.parser, (const unsigned char *)text, bytes);
+    yaml_parser_set_input_string(&r.parser, (const unsigned char *)r.text, r.bytes);
 
     const sel_status rc = read_file(&r);
     if (r.holds_event) yaml_event_delete(&r.event);

@@ -414,21 +414,18 @@ sel_status sel_documents_seek(sel_documents *d, int file, int64_t line)
     d->object = NULL;
     d->rest_bytes = 0;
 
-    d->file = -1;
+    d->inside = false;
     d->finished_bytes = 0;
     for (int i = 0; i + 1 < file; i++) d->finished_bytes += d->inputs[i].bytes;
     d->file = file - 1;
-    if (file == 0 && line == 0) return SEL_OK;
-
     SEL_TRY(open_next(d));
-    while (d->line < line) {
+    while (d->gz && d->line < line) {
         size_t have;
         bool ended;
         SEL_TRY(fill(d, 1));
         if (d->at == d->end)
             return sel_fail(SEL_EFILE, "%s: has %lld lines now, %lld have been read from it before",
-                            d->file < d->n_inputs ? d->inputs[d->file].path : "the inputs", (long long)d->line,
-                            (long long)line);
+                            d->inputs[d->file].path, (long long)d->line, (long long)line);
         SEL_TRY(find_line(d, 1, &have, &ended));
         if (ended)
             leave_line(d, have);

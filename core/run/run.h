@@ -12,6 +12,7 @@ typedef struct sel_run sel_run;
    RUN/lock; SEL_EUSER naming the process that holds it). */
 sel_status sel_run_open(sel_run **r, const char *dir);
 void       sel_run_close(sel_run **r);
+const char *sel_run_dir(const sel_run *r);
 
 /* Puts RUN/config.yaml in place. */
 sel_status sel_run_write_config(sel_run *r, const char *yaml);

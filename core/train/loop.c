@@ -1,0 +1,226 @@
+/* loop.c: a run from its first step to its last: log, validate, save, end on request. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <zlib.h>
+#include "core/base/clock.h"
+#include "core/base/fault.h"
+#include "core/infer/score.h"
+#include "core/train/trainer.h"
+
+/* Replicas that drift apart are found within this many steps, and before every save. */
+enum { COMPARE_EVERY = 100 };
+
+typedef struct {
+    double started, last_log, last_save;   /* seconds of the clock */
+    int64_t log_step, log_tokens;          /* where the last logged interval ended */
+    double paused;                         /* seconds of saving and validating since then: not training */
+    int64_t saved_step;                    /* -1: none in this run folder yet */
+} pace;
+
+static bool is_first(const sel_trainer *t) { return sel_comm_rank(t->comm) == 0; }
+
+/* [collective] Every rank must hold the same weights, to the bit. */
+static sel_status compare_replicas(sel_trainer *t)
+{
+    const uint64_t crc = crc32_z(0, (const unsigned char *)t->params, (size_t)t->layout->total * sizeof(float));
+    if (sel_comm_same(t->comm, crc)) return SEL_OK;
+    return sel_fail(SEL_ECOMM, "step %" PRId64 ": the ranks' weights differ (rank %d has checksum %08x); stopping "
+                    "before they are saved", t->step, sel_comm_rank(t->comm), (unsigned)crc);
+}
+
+static sel_status save(sel_trainer *t, pace *p)
+{
+    const double begun = sel_now();
+    char *yaml = NULL;
+    sel_checkpoint_info info = { .step = t->step, .tokens = t->tokens_seen, .corpus_crc32 = sel_corpus_crc32(t->train),
+                                 .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer) };
+
+    SEL_TRY(compare_replicas(t));
+    SEL_TRY(sel_comm_agree(t->comm, sel_config_emit(t->config, &yaml)));
+    info.config = yaml;
+    info.tokenizer = sel_tokenizer_bytes(t->tokenizer, &info.tokenizer_bytes);
+    const sel_status rc = sel_checkpoint_save(t->comm, t->checkpoints, t->layout, &info, t->params, t->exp_avg,
+                                              t->exp_avg_sq, t->config->checkpoint.keep);
+    free(yaml);
+    SEL_TRY(rc);
+    p->saved_step = t->step;
+    p->last_save = sel_now();
+    p->paused += p->last_save - begun;
+    return SEL_OK;
+}
+
+static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
+{
+    const double begun = sel_now();
+    const int64_t N = t->config->model.context, most = t->config->train.validate_tokens;
+    const sel_score_job job = { .model = t->model, .params = t->params, .batch = t->micro, .N = N,
+                                .max_windows = (most + N - 1) / N, .comm = t->comm };
+    sel_batch_stats sum;
+
+    sel_fault("validate", t->step, "");
+    SEL_TRY(sel_score_corpus(&job, t->validation, &sum));
+    row->val_loss = sum.loss / (double)sum.tokens;
+    row->val_tokens = sum.tokens;
+    p->paused += sel_now() - begun;
+    return SEL_OK;
+}
+
+/* The logged row of a step, on rank 0. */
+static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel_metrics *row, bool train_row)
+{
+    const sel_config *c = t->config;
+    const double now = sel_now(), seconds = now - p->last_log - p->paused;
+    const int64_t tokens = t->tokens_seen - p->log_tokens;
+
+    row->step = t->step;
+    row->tokens = t->tokens_seen;
+    row->seconds = now - p->started;
+    row->has_train = train_row;
+    if (train_row) {
+        row->loss = s->loss;
+        row->has_memory_loss = c->attention.memory_loss.epsilon > 0.0;
+        row->memory_loss = s->memory_loss;
+        row->lr = s->lr;
+        row->grad_norm = s->grad_norm;
+        row->tokens_per_second = (double)tokens / seconds;
+        row->mfu = sel_model_flops(&t->layout->dims, tokens, c->model.context) / seconds /
+                   (t->peak_gflops * 1e9 * sel_comm_size(t->comm));
+    }
+    SEL_TRY(sel_run_metrics(t->run, row));
+    if (train_row) {
+        const double a_step = seconds / (double)(t->step - p->log_step);
+        const sel_train_progress told = { .row = *row, .steps = c->train.steps,
+                                          .eta_seconds = a_step * (double)(c->train.steps - t->step) };
+        t->job->watcher->progress(t->job->watcher->ctx, &told);
+    } else if (row->val_tokens) {
+        const sel_train_progress told = { .row = *row, .steps = c->train.steps, .eta_seconds = -1.0 };
+        t->job->watcher->progress(t->job->watcher->ctx, &told);
+    }
+    if (train_row) {
+        p->last_log = sel_now();
+        p->paused = 0.0;
+        p->log_step = t->step;
+        p->log_tokens = t->tokens_seen;
+    }
+    return SEL_OK;
+}
+
+static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
+
+/* What follows a step: validation, its row, a check of the replicas, a checkpoint. */
+static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, bool last)
+{
+    const sel_config *c = t->config;
+    const bool train_row = due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1;
+    sel_metrics row = { 0 };
+
+    if (t->validation && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
+        SEL_TRY(validate(t, p, &row));
+    if (is_first(t) && (train_row || row.val_tokens)) {
+        const sel_status rc = log_step(t, p, s, &row, train_row);
+        if (rc != SEL_OK) sel_comm_die(t->comm, "writing the metrics");
+    }
+    if (due(COMPARE_EVERY, t->step)) SEL_TRY(compare_replicas(t));
+    if (last || s->save_due || due(c->checkpoint.every, t->step)) SEL_TRY(save(t, p));
+    return SEL_OK;
+}
+
+static sel_status run_steps(sel_trainer *t, pace *p, sel_train_result *result)
+{
+    const sel_config *c = t->config;
+    const double save_seconds = 60.0 * c->checkpoint.every_minutes;
+
+    while (t->step < c->train.steps) {
+        const bool save_due = is_first(t) && save_seconds > 0.0 && sel_now() - p->last_save >= save_seconds;
+        sel_step_stats s;
+        const sel_status rc = sel_trainer_step(t, save_due, &s);
+
+        if (rc == SEL_ENUM && is_first(t)) {   /* all ranks are here: leave the event in the metrics */
+            const sel_metrics event = { .step = t->step, .tokens = t->tokens_seen, .event = sel_error(),
+                                        .seconds = sel_now() - p->started };
+            if (sel_run_metrics(t->run, &event) != SEL_OK) sel_comm_die(t->comm, "writing the metrics");
+            return sel_fail(SEL_ENUM, "%s", event.event);
+        }
+        SEL_TRY(rc);
+        SEL_TRY(after_step(t, p, &s, s.signal || t->step == c->train.steps));
+        if (s.signal && t->step < c->train.steps) {
+            result->signal = s.signal;
+            break;
+        }
+    }
+    return SEL_OK;
+}
+
+static void host_names(sel_trainer *t, char *out, size_t bytes)
+{
+    enum { NAME = 64 };
+    const int size = sel_comm_size(t->comm);
+    char mine[NAME] = "", *all = calloc((size_t)size, NAME);
+
+    gethostname(mine, sizeof mine - 1);
+    if (all) sel_comm_gather(t->comm, mine, NAME, all, 0);
+    else sel_comm_die(t->comm, "gathering the hosts' names");
+    for (int r = 0; r < size && is_first(t); r++) {
+        bool known = false;
+        for (int q = 0; q < r; q++) known |= strcmp(all + q * NAME, all + r * NAME) == 0;
+        const size_t used = strlen(out);
+        if (!known) snprintf(out + used, bytes - used, "%s%s", used ? "," : "", all + r * NAME);
+    }
+    free(all);
+}
+
+/* Rank 0's part before the first step. */
+static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hosts)
+{
+    const sel_train_job *j = t->job;
+    const sel_provenance p = {
+        .program = j->program, .commit = j->commit, .compiler = j->compiler, .build = j->build,
+        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine), .cpu = sel_cpu_name(),
+        .cpu_level = sel_cpu_level_name(t->ops.level), .ranks = sel_comm_size(t->comm), .threads = t->threads,
+        .hosts = sel_comm_hosts(t->comm), .host_names = hosts, .command = j->command, .resumed_from = resumed_from,
+        .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
+        .seed = (uint64_t)t->config->run.seed,
+    };
+    const sel_train_start s = {
+        .parameters = t->layout->parameters,
+        .memory_bytes = (int64_t)(4 * (size_t)t->layout->total * sizeof(float) + sel_model_bytes(t->model)),
+        .train_tokens = sel_corpus_tokens(t->train),
+        .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
+        .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
+        .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
+        .linear = p.linear, .mpi = p.mpi,
+    };
+    SEL_TRY(sel_run_provenance(t->run, &p));
+    SEL_TRY(sel_run_cut_metrics(t->run, t->step));
+    j->watcher->start(j->watcher->ctx, &s);
+    return SEL_OK;
+}
+
+sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+{
+    sel_trainer t;
+    char hosts[1024] = "";
+    int64_t resumed_from;
+
+    memset(result, 0, sizeof *result);
+    SEL_TRY(sel_trainer_open(&t, job, &resumed_from));
+    host_names(&t, hosts, sizeof hosts);
+    sel_status rc = sel_comm_agree(t.comm, is_first(&t) ? announce(&t, resumed_from, hosts) : SEL_OK);
+
+    const double now = sel_now();
+    pace p = { .started = now, .last_log = now, .last_save = now, .log_step = t.step, .log_tokens = t.tokens_seen,
+               .saved_step = resumed_from };
+    if (rc == SEL_OK && p.saved_step < 0) rc = save(&t, &p);   /* step 0 proves that the folder takes a checkpoint */
+    if (rc == SEL_OK) {
+        p.paused = 0.0;
+        p.last_log = sel_now();
+        rc = run_steps(&t, &p, result);
+    }
+    result->step = p.saved_step;
+    sel_trainer_close(&t);
+    return rc;
+}

@@ -1,0 +1,256 @@
+/* setup.c: opens and checks all that a run needs before it writes a byte; loads or makes its state. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "core/base/mem.h"
+#include "core/base/fault.h"
+#include "core/train/trainer.h"
+
+/* Tokens that a micro-batch holds when it may choose: enough rows for the matrix products, a bounded memory. */
+enum { MICRO_TOKENS = 4096 };
+
+static sel_status choose_micro(sel_trainer *t)
+{
+    const int64_t wanted = t->config->train.micro_batch, N = t->config->model.context;
+
+    if (wanted) {
+        if (t->count % wanted)
+            return sel_fail(SEL_EUSER, "train.micro_batch: %" PRId64 " does not divide the %" PRId64
+                            " sequences of each rank (train.batch %" PRId64 " over %d ranks)", wanted, t->count,
+                            t->config->train.batch, t->mesh.data);
+        t->micro = wanted;
+        return SEL_OK;
+    }
+    t->micro = 1;
+    for (int64_t m = 1; m <= t->count && m * N <= MICRO_TOKENS; m++)
+        if (t->count % m == 0) t->micro = m;
+    return SEL_OK;
+}
+
+/* The corpus's own copy unless the configuration names another, which must be the same. */
+static sel_status open_tokenizer(sel_trainer *t)
+{
+    char path[SEL_PATH_MAX];
+    if (t->config->data.tokenizer[0]) snprintf(path, sizeof path, "%s", t->config->data.tokenizer);
+    else SEL_TRY(sel_path_join(path, t->config->data.train, "tokenizer.model"));
+    SEL_TRY(sel_tokenizer_open(&t->tokenizer, path));
+    if (sel_tokenizer_crc32(t->tokenizer) != sel_corpus_tokenizer_crc32(t->train))
+        return sel_fail(SEL_EUSER, "%s: is not the tokenizer that packed %s (checksum %08x, the corpus has %08x)", path,
+                        t->config->data.train, sel_tokenizer_crc32(t->tokenizer), sel_corpus_tokenizer_crc32(t->train));
+    return SEL_OK;
+}
+
+/* Everything of this rank that may fail and needs no other rank. */
+static sel_status open_inputs(sel_trainer *t)
+{
+    const sel_config *c = t->config;
+    const int64_t N = c->model.context;
+
+    if (!c->run.dir[0]) return sel_fail(SEL_EUSER, "run.dir: missing: the folder that the run is kept in");
+    if (!c->data.train[0]) return sel_fail(SEL_EUSER, "data.train: missing: a packed corpus (selectra data pack)");
+    SEL_TRY(sel_mesh_init(&t->mesh, sel_comm_rank(t->comm), sel_comm_size(t->comm), c->dist.mesh.data,
+                          c->dist.mesh.sequence));
+    SEL_TRY(sel_mesh_samples(&t->mesh, c->train.batch, &t->first, &t->count));
+    SEL_TRY(choose_micro(t));
+    SEL_TRY(sel_corpus_open(&t->train, c->data.train));
+    SEL_TRY(open_tokenizer(t));
+    if (c->model.vocab && c->model.vocab < sel_corpus_vocab(t->train))
+        return sel_fail(SEL_EUSER, "model.vocab: %" PRId64 " is smaller than the tokenizer's %" PRId64 " pieces",
+                        c->model.vocab, sel_corpus_vocab(t->train));
+    t->windows = sel_corpus_windows(t->train, N);
+    if (t->windows < c->train.batch)
+        return sel_fail(SEL_EUSER, "%s: %" PRId64 " tokens make %" PRId64 " windows of model.context %" PRId64
+                        ", too few for one batch of %" PRId64 " (train.batch)", c->data.train,
+                        sel_corpus_tokens(t->train), t->windows, N, c->train.batch);
+    if (c->data.validation[0]) {
+        SEL_TRY(sel_corpus_open(&t->validation, c->data.validation));
+        if (sel_corpus_tokenizer_crc32(t->validation) != sel_corpus_tokenizer_crc32(t->train))
+            return sel_fail(SEL_EUSER, "%s: was packed with another tokenizer than %s", c->data.validation,
+                            c->data.train);
+    }
+    sel_cpu_level level;
+    SEL_TRY(sel_cpu_choose(c->compute.cpu, &level));
+    sel_ops_init(&t->ops, level);
+    return SEL_OK;
+}
+
+static float *new_array(const sel_trainer *t, const char *what)
+{
+    return sel_alloc((size_t)t->layout->total * sizeof(float), what);
+}
+
+static sel_status make_model(sel_trainer *t)
+{
+    const sel_config *c = t->config;
+    const sel_dims dims = sel_dims_of(c, sel_corpus_vocab(t->train));
+
+    SEL_TRY(sel_layout_new(&t->layout, &dims));
+    t->params = new_array(t, "parameters");
+    t->grads = new_array(t, "gradients");
+    t->exp_avg = new_array(t, "first moments");
+    t->exp_avg_sq = new_array(t, "second moments");
+    t->tokens = sel_alloc((size_t)(t->micro * (dims.N + 1)) * sizeof *t->tokens, "tokens of a micro-batch");
+    if (!t->params || !t->grads || !t->exp_avg || !t->exp_avg_sq || !t->tokens) return SEL_ENOMEM;
+
+    const sel_linear_backend backend =
+        c->compute.linear_backend == SEL_BACKEND_OPENBLAS ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN;
+    SEL_TRY(sel_linear_open(&t->engine, backend, t->threads));
+    const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
+                                  .attention = sel_attention_options_of(c), .threads = t->threads, .ops = &t->ops,
+                                  .engine = t->engine };
+    SEL_TRY(sel_model_new(&t->model, t->layout, &o));
+    return sel_reducer_new(&t->reducer, t->comm, &t->mesh, t->grads, t->layout->total);
+}
+
+static void warn(void *job, const char *line)
+{
+    const sel_train_job *j = job;
+    j->watcher->message(j->watcher->ctx, line);
+}
+
+/* What rank 0 found in the run folder, for all. */
+typedef struct {
+    char path[SEL_PATH_MAX];    /* "": nothing to resume */
+    int64_t step, tokens;
+} found;
+
+/* On rank 0: the newest intact checkpoint of the run, if any, and whether it is of the same model, corpus and
+   tokenizer. */
+static sel_status find_own(const sel_trainer *t, found *f)
+{
+    sel_manifest m;
+    sel_config old;
+    sel_status rc;
+
+    memset(f, 0, sizeof *f);
+    if (!sel_path_is_dir(t->checkpoints)) return SEL_OK;
+    if ((rc = sel_checkpoint_find(&m, t->checkpoints, warn, (void *)(uintptr_t)t->job)) == SEL_EUSER) return SEL_OK;
+    SEL_TRY(rc);
+    rc = sel_config_parse(&old, m.config, strlen(m.config), m.path, NULL, 0);
+    if (rc == SEL_OK && (rc = sel_config_same_model(&old, t->config)) != SEL_OK) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", sel_error());
+        rc = sel_fail(SEL_EUSER, "%s: cannot go on with another model: %s", t->config->run.dir, why);
+    }
+    if (rc == SEL_OK && m.corpus_crc32 != sel_corpus_crc32(t->train))
+        rc = sel_fail(SEL_EUSER, "%s: cannot go on with another corpus: its checkpoint was trained on one with checksum "
+                      "%08x, %s has %08x", t->config->run.dir, m.corpus_crc32, t->config->data.train,
+                      sel_corpus_crc32(t->train));
+    if (rc == SEL_OK && m.tokenizer_crc32 != sel_tokenizer_crc32(t->tokenizer))
+        rc = sel_fail(SEL_EUSER, "%s: cannot go on with another tokenizer (checksum %08x -> %08x)", t->config->run.dir,
+                      m.tokenizer_crc32, sel_tokenizer_crc32(t->tokenizer));
+    if (rc == SEL_OK && m.step > t->config->train.steps)
+        rc = sel_fail(SEL_EUSER, "%s: is at step %" PRId64 " already, beyond train.steps %" PRId64, t->config->run.dir,
+                      m.step, t->config->train.steps);
+    if (rc == SEL_OK) {
+        snprintf(f->path, sizeof f->path, "%s", m.path);
+        f->step = m.step;
+        f->tokens = m.tokens;
+    }
+    sel_manifest_free(&m);
+    return rc;
+}
+
+/* On rank 0: the checkpoint that a new run takes its first weights from. */
+static sel_status find_initial(const sel_trainer *t, found *f)
+{
+    sel_manifest m;
+    memset(f, 0, sizeof *f);
+    if (!t->config->train.init_from[0]) return SEL_OK;
+    SEL_TRY(sel_checkpoint_find(&m, t->config->train.init_from, warn, (void *)(uintptr_t)t->job));
+    snprintf(f->path, sizeof f->path, "%s", m.path);
+    sel_manifest_free(&m);
+    return SEL_OK;
+}
+
+/* [collective] rank 0's finding for everyone. */
+static sel_status share(sel_trainer *t, sel_status rc, found *f)
+{
+    SEL_TRY(sel_comm_agree(t->comm, rc));
+    sel_comm_bcast(t->comm, f, sizeof *f, 0);
+    return SEL_OK;
+}
+
+static sel_status load_found(const sel_trainer *t, const found *f, bool moments)
+{
+    sel_manifest m = { .step = f->step, .tokens = f->tokens };
+    snprintf(m.path, sizeof m.path, "%s", f->path);
+    return sel_checkpoint_load(&m, t->layout, t->params, moments ? t->exp_avg : NULL, moments ? t->exp_avg_sq : NULL);
+}
+
+/* [collective] Weights and moments: of the run's checkpoint, of train.init_from, or new. */
+static sel_status load_state(sel_trainer *t, int64_t *resumed_from)
+{
+    const bool first = sel_comm_rank(t->comm) == 0;
+    found own = { 0 }, initial = { 0 };
+
+    *resumed_from = -1;
+    SEL_TRY(share(t, first ? find_own(t, &own) : SEL_OK, &own));
+    if (own.path[0]) {
+        SEL_TRY(sel_comm_agree(t->comm, load_found(t, &own, true)));
+        t->step = *resumed_from = own.step;
+        t->tokens_seen = own.tokens;
+    } else {
+        SEL_TRY(share(t, first ? find_initial(t, &initial) : SEL_OK, &initial));
+        sel_status rc = SEL_OK;
+        if (initial.path[0]) rc = load_found(t, &initial, false);
+        else sel_layout_init_params(t->layout, (uint64_t)t->config->run.seed, t->params, t->threads);
+        SEL_TRY(sel_comm_agree(t->comm, rc));
+    }
+    return sel_comm_agree(t->comm, sel_model_pack(t->model, t->params));
+}
+
+/* On rank 0: the run folder, from here on. */
+static sel_status open_run(sel_trainer *t)
+{
+    char *yaml = NULL;
+    SEL_TRY(sel_run_open(&t->run, t->config->run.dir));
+    SEL_TRY(sel_make_dirs(t->checkpoints));
+    SEL_TRY(sel_config_emit(t->config, &yaml));
+    const sel_status rc = sel_run_write_config(t->run, yaml);
+    free(yaml);
+    return rc;
+}
+
+static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
+{
+    SEL_TRY(sel_comm_agree(t->comm, sel_fault_init(sel_comm_rank(t->comm))));
+    SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
+    SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
+    t->threads = sel_threads_choose(t->comm, t->config->compute.threads);
+    SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
+    sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
+    SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
+    SEL_TRY(load_state(t, resumed_from));
+    return sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? open_run(t) : SEL_OK);
+}
+
+sel_status sel_trainer_open(sel_trainer *t, const sel_train_job *job, int64_t *resumed_from)
+{
+    memset(t, 0, sizeof *t);
+    t->job = job;
+    t->config = job->config;
+    t->comm = job->comm;
+    const sel_status rc = open_all(t, resumed_from);
+    if (rc != SEL_OK) sel_trainer_close(t);
+    return rc;
+}
+
+void sel_trainer_close(sel_trainer *t)
+{
+    sel_run_close(&t->run);
+    sel_reducer_free(&t->reducer);
+    sel_model_free(&t->model);
+    sel_linear_close(&t->engine);
+    sel_layout_free(&t->layout);
+    sel_free(t->params);
+    sel_free(t->grads);
+    sel_free(t->exp_avg);
+    sel_free(t->exp_avg_sq);
+    sel_free(t->tokens);
+    sel_tokenizer_close(&t->tokenizer);
+    sel_corpus_close(&t->train);
+    sel_corpus_close(&t->validation);
+    memset(t, 0, sizeof *t);
+}

@@ -1,0 +1,62 @@
+/* trainer.h: everything that a training run holds, for the files of core/train. */
+#ifndef SEL_CORE_TRAIN_TRAINER_H
+#define SEL_CORE_TRAIN_TRAINER_H
+
+#include "core/checkpoint/checkpoint.h"
+#include "core/data/corpus.h"
+#include "core/data/tokenizer.h"
+#include "core/model/model.h"
+#include "core/train/train.h"
+#include "dist/mesh.h"
+#include "dist/reduce.h"
+
+typedef struct sel_trainer {
+    const sel_train_job *job;
+    const sel_config *config;
+    sel_comm *comm;
+    sel_mesh mesh;
+    sel_run *run;                    /* rank 0 only */
+    char checkpoints[SEL_PATH_MAX];  /* RUN/checkpoints */
+
+    sel_corpus *train, *validation;  /* validation may be NULL */
+    sel_tokenizer *tokenizer;
+    int64_t windows;                 /* of the training corpus */
+
+    sel_layout *layout;
+    float *params, *grads, *exp_avg, *exp_avg_sq;   /* [layout total] each */
+    sel_ops ops;
+    sel_linear_engine *engine;
+    sel_model *model;
+    sel_reducer *reducer;
+
+    int64_t first, count, micro;     /* this rank's samples of a batch; how many at once */
+    int32_t *tokens;                 /* [micro][N + 1] */
+    int threads;
+    double peak_gflops;
+
+    int64_t step, tokens_seen;       /* completed */
+} sel_trainer;
+
+/* What one step did; equal on all ranks. */
+typedef struct {
+    double loss, memory_loss, lr, grad_norm;
+    int64_t tokens;
+    int signal;                      /* a rank has been asked to end */
+    bool save_due;                   /* rank 0's clock says so */
+} sel_step_stats;
+
+/* Opens and checks all that a run needs, loads or makes its state.  (setup.c) [collective] */
+sel_status sel_trainer_open(sel_trainer *t, const sel_train_job *job, int64_t *resumed_from);
+void       sel_trainer_close(sel_trainer *t);
+
+/* One optimizer step: t->step becomes `step`.  save_due is this rank's wish.  (step.c) [collective] */
+sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s);
+
+/* AdamW over the whole layout with the gradient scaled by g_scale.  (optimizer.c) */
+void sel_optimizer_update(sel_trainer *t, int64_t step, double lr, double g_scale);
+
+/* Threads that this rank should use: `wanted`, or, at 0, what its binding allows, shared with the ranks that are bound
+   alike.  (threads.c) [collective] */
+int sel_threads_choose(sel_comm *c, int64_t wanted);
+
+#endif

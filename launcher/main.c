@@ -1,0 +1,50 @@
+/* main.c: the program: finds the subcommand, in the manner of git. */
+#include <stdio.h>
+#include <string.h>
+#include "launcher/launcher.h"
+#include "launcher/options.h"
+
+static const struct {
+    const char *name, *help;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    { "train", "train a model; under mpirun or srun, or alone; resumes by itself", sel_cmd_train },
+    { "eval", "loss, perplexity, token log-probabilities of a checkpoint", sel_cmd_eval },
+    { "generate", "text from a checkpoint", sel_cmd_generate },
+    { "inspect", "what a checkpoint holds", sel_cmd_inspect },
+    { "tokenizer", "train, encode, decode (SentencePiece)", sel_cmd_tokenizer },
+    { "data", "pack text into a corpus; look at it and at batches", sel_cmd_data },
+    { "version", "the program, its libraries, the processor", sel_cmd_version },
+};
+enum { COMMANDS = sizeof commands / sizeof commands[0] };
+
+static void usage(FILE *to)
+{
+    fprintf(to, "usage: selectra COMMAND [ARGUMENTS]\n\n");
+    for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].help);
+    fprintf(to, "\n`selectra COMMAND --help` tells the rest.\n"
+                "exit status: 0 done; 1 failure; 2 a mistake in what was asked; 85 saved on request, to be continued\n");
+}
+
+int main(int argc, char **argv)
+{
+    const char *names[COMMANDS];
+
+    if (argc < 2) {
+        usage(stderr);
+        return SEL_EXIT_USER;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+        usage(stdout);
+        return SEL_EXIT_DONE;
+    }
+    if (strcmp(argv[1], "--version") == 0) return sel_cmd_version(argc - 1, argv + 1);
+    for (int i = 0; i < COMMANDS; i++) {
+        if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
+        names[i] = commands[i].name;
+    }
+    const char *near = sel_options_nearest(argv[1], names, COMMANDS);
+    fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "", near ? near : "",
+            near ? "?" : " (selectra --help lists them)");
+    return SEL_EXIT_USER;
+}

@@ -1,0 +1,46 @@
+/* options.h: a subcommand's options, from one table: parsed, checked, explained. */
+#ifndef SEL_LAUNCHER_OPTIONS_H
+#define SEL_LAUNCHER_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef enum {
+    SEL_OPT_FLAG,       /* --name            bool */
+    SEL_OPT_INTEGER,    /* --name 12         int64_t, from `least` on */
+    SEL_OPT_NUMBER,     /* --name 0.5        double, finite, from `least` on */
+    SEL_OPT_TEXT        /* --name WORD       const char *, the argument itself */
+} sel_option_type;
+
+typedef struct {
+    const char *name;        /* without the dashes */
+    sel_option_type type;
+    void *value;             /* holds the default before */
+    double least;            /* smallest number allowed */
+    const char *word;        /* what stands for the value in the usage; NULL for flags */
+    const char *help;
+} sel_option;
+
+typedef struct {
+    const char *command;     /* "selectra data pack", for messages */
+    const char *arguments;   /* "--output DIR INPUT...", for the usage line */
+    const char *about;       /* a sentence or more; may be NULL */
+    const sel_option *options;
+    int n_options;
+} sel_command;
+
+typedef enum { SEL_PARSED, SEL_PARSED_HELP, SEL_PARSED_WRONG } sel_parsed;
+
+/* Reads argv[1 ..]: `--name value`, `--name=value`, `--` ends options.  The other arguments are moved, in order, to
+   the front of argv from argv[1] on; *n_positional counts them.  --help and -h print the usage to stdout (HELP: exit
+   with 0); a mistake is said in one line on stderr (WRONG: exit with 2). */
+sel_parsed sel_options_parse(const sel_command *c, int argc, char **argv, int *n_positional);
+
+/* One line on stderr, "COMMAND: ..."; returns exit status 2. */
+__attribute__((format(printf, 2, 3)))
+int sel_options_mistake(const sel_command *c, const char *fmt, ...);
+
+/* The name most like `word`, or NULL when none is near. */
+const char *sel_options_nearest(const char *word, const char *const *names, int n);
+
+#endif

@@ -1,0 +1,55 @@
+/* swiglu_c.c: the gated feed-forward's middle, a = silu(g) u with silu(g) = g s and s = 1 / (1 + exp(-g)).
+ *
+ *     du = da silu(g),    dg = da u (s + silu(g) (1 - s))
+ */
+#include "ops/levels.h"
+#include "ops/vec.h"
+
+typedef struct { vf s, rest; } gate;   /* s and 1 - s */
+
+static inline gate sigmoid(vf g)
+{
+    const vf e = vexp(-g);             /* +inf below -88.7: s = 0 */
+    const vf s = 1.0f / (1.0f + e);
+    /* 1 - s loses all digits where s is near 1; there it is e s. */
+    return (gate){ s, vselect(g > vset1(0.0f), e * s, 1.0f - s) };
+}
+
+static void swiglu_forward(float *restrict a, const float *restrict gu, int64_t rows, int64_t Fw, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *g = gu + r * 2 * Fw, *u = g + Fw;
+        float *y = a + r * Fw;
+        for (int64_t i = 0; i < Fw; i += VL) {
+            const int64_t n = Fw - i;
+            const vf x = vload_n(g + i, n);
+            vstore_n(y + i, x * sigmoid(x).s * vload_n(u + i, n), n);
+        }
+    }
+}
+
+static void swiglu_backward(float *dgu, float *restrict a, const float *restrict da, const float *gu, int64_t rows,
+                            int64_t Fw, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *g = gu + r * 2 * Fw, *u = g + Fw, *dy = da + r * Fw;
+        float *dg = dgu + r * 2 * Fw, *du = dg + Fw;
+        for (int64_t i = 0; i < Fw; i += VL) {
+            const int64_t n = Fw - i;
+            const vf x = vload_n(g + i, n), up = vload_n(u + i, n), d = vload_n(dy + i, n);
+            const gate q = sigmoid(x);
+            const vf silu = x * q.s;
+            if (a) vstore_n(a + r * Fw + i, silu * up, n);
+            vstore_n(dg + i, d * up * (q.s + silu * q.rest), n);
+            vstore_n(du + i, d * silu, n);
+        }
+    }
+}
+
+void SEL_FN(sel_ops_swiglu_init)(sel_ops *ops)
+{
+    ops->swiglu_forward = swiglu_forward;
+    ops->swiglu_backward = swiglu_backward;
+}

@@ -1,0 +1,380 @@
+/* The model against the reference in double precision: losses, gradients, log-probabilities, decoding.
+ *
+ * Loss within 1e-6 of itself; the gradient within 1e-5 of its norm, and within 1e-4 of the norm of each tensor
+ * (for tensors whose gradient all but vanishes, 1e-7 of the whole gradient's norm).  Without relu F grows in both
+ * directions, to some tens here, and float's rounding with it (specification, section 3): ten times these bounds.
+ */
+#include "tests/check.h"
+#include "tests/random.h"
+#include "tests/reference.h"
+
+#include "core/base/mem.h"
+#include "core/model/model.h"
+
+#include <string.h>
+
+#define LOSS_BOUND 1e-6
+#define GRADIENT_BOUND 1e-5
+#define TENSOR_BOUND 1e-4
+#define LOGP_BOUND 1e-5      /* absolute: float logits of a few units */
+
+static const struct {
+    const char *name;
+    bool selective, relu, protect_bos, protect_self, shift;
+} switches[] = {
+    { "standard", false, true, true, true, true },
+    { "selective", true, true, true, true, true },
+    { "no relu", true, false, true, true, true },
+    { "no bos", true, true, false, true, true },
+    { "no self", true, true, true, false, true },
+    { "no shift", true, true, true, true, false },
+    { "none", true, false, false, false, false },
+};
+#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
+
+/* A model, its data, and what the reference makes of them. */
+typedef struct {
+    char name[160];
+    sel_ref_model ref;
+    int64_t B, n;
+    int32_t *tokens;             /* [B][n + 1] */
+    int64_t predicted;
+    sel_layout *layout;
+    float *params;               /* in the product's layout */
+    double loss, memory_loss;
+    double *logp;                /* [B][n] */
+    double slack;                /* of the bounds */
+    float *grad;                 /* the reference's, in the product's layout */
+    sel_ref_tensor *tensors;
+    int64_t n_tensors;
+} example;
+
+static void *room(int64_t count, size_t size)
+{
+    void *p = calloc((size_t)(count > 0 ? count : 1), size);
+    if (!p) abort();
+    return p;
+}
+
+/* Copies between the reference's array and the product's, tensor by tensor, by name. */
+static void to_layout(const example *e, const double *from, float *to)
+{
+    for (int64_t t = 0; t < e->n_tensors; t++) {
+        const sel_ref_tensor *r = &e->tensors[t];
+        const sel_tensor *p = sel_layout_find(e->layout, r->name);
+        CHECK(p && p->count == r->rows * r->cols, "%s: tensor %s is missing or of another size", e->name, r->name);
+        for (int64_t i = 0; p && i < p->count; i++) to[p->offset + i] = (float)from[r->offset + i];
+    }
+}
+
+static example example_new(const sel_dims *d, int64_t B, int64_t n, int s, double epsilon, uint64_t seed)
+{
+    example e = { .B = B, .n = n };
+    e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F };
+    e.ref.epsilon = switches[s].selective ? epsilon : 0.0;
+    e.ref.attention = (sel_ref_attention){ .selective = switches[s].selective, .relu = switches[s].relu,
+                                           .protect_bos = switches[s].protect_bos,
+                                           .protect_self = switches[s].protect_self, .shift = switches[s].shift,
+                                           .tau = 0.8 };
+    e.slack = switches[s].selective && !switches[s].relu ? 10.0 : 1.0;
+    snprintf(e.name, sizeof e.name, "%s, V %d D %d L %d H %d/%d dh %d F %d, B %d n %d, epsilon %g", switches[s].name,
+             (int)d->V, (int)d->D, (int)d->L, (int)d->H, (int)d->Hkv, (int)d->dh, (int)d->F, (int)B, (int)n,
+             e.ref.epsilon);
+    CHECK_OK(sel_layout_new(&e.layout, d));
+    if (!e.layout) abort();
+    int64_t total;
+    e.tensors = sel_ref_tensors(&e.ref.dims, &e.n_tensors, &total);
+    CHECK(e.n_tensors == e.layout->n_tensors && total == e.layout->parameters, "%s: %d tensors, %lld parameters",
+          e.name, e.layout->n_tensors, (long long)e.layout->parameters);
+
+    random_seed(seed);
+    double *params = room(total, sizeof *params), *grad = room(total, sizeof *grad);
+    for (int64_t t = 0; t < e.n_tensors; t++) {
+        const sel_ref_tensor *r = &e.tensors[t];
+        const bool embedding = strstr(r->name, "embed") != NULL;
+        const double deviation = embedding ? 1.0 : r->cols == 1 ? 0.2 : 1.0 / sqrt((double)r->cols);
+        for (int64_t i = 0; i < r->rows * r->cols; i++)
+            params[r->offset + i] = (double)(float)((r->cols == 1 ? 1.0 : 0.0) + deviation * random_normal());
+    }
+    /* The last target of the first sequence is padding, where that leaves others. */
+    e.tokens = room(B * (n + 1), sizeof *e.tokens);
+    int32_t *inputs = room(B * n, sizeof *inputs), *targets = room(B * n, sizeof *targets);
+    for (int64_t i = 0; i < B * (n + 1); i++) e.tokens[i] = (int32_t)((double)d->V * random_uniform());
+    if (B * n > 1) e.tokens[n] = -1;
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < n; i++) {
+            inputs[b * n + i] = e.tokens[b * (n + 1) + i];
+            targets[b * n + i] = e.tokens[b * (n + 1) + i + 1];
+            e.predicted += targets[b * n + i] >= 0;
+        }
+    e.logp = room(B * n, sizeof *e.logp);
+    sel_ref_model_loss(&e.ref, params, inputs, targets, B, n, &e.loss, &e.memory_loss, e.logp, grad);
+
+    e.params = sel_alloc((size_t)e.layout->total * sizeof *e.params, "parameters");
+    e.grad = room(e.layout->total, sizeof *e.grad);
+    if (!e.params) abort();
+    to_layout(&e, params, e.params);
+    to_layout(&e, grad, e.grad);
+    free(params);
+    free(grad);
+    free(inputs);
+    free(targets);
+    return e;
+}
+
+static void example_free(example *e)
+{
+    sel_free(e->params);
+    free(e->tokens);
+    free(e->logp);
+    free(e->grad);
+    free(e->tensors);
+    sel_layout_free(&e->layout);
+}
+
+/* How the product runs it. */
+typedef struct {
+    sel_linear_backend backend;
+    int threads;
+    int64_t micro;               /* sequences a call */
+    sel_cpu_level level;
+} way;
+
+static void way_name(char *text, size_t size, const way *w)
+{
+    snprintf(text, size, "%s, %s, %d threads, micro-batch %d", w->backend == SEL_LINEAR_ONEDNN ? "oneDNN" : "OpenBLAS",
+             sel_cpu_level_name(w->level), w->threads, (int)w->micro);
+}
+
+static sel_model *model_open(const example *e, const way *w, sel_use use, const sel_ops *ops, sel_linear_engine *engine)
+{
+    const sel_ref_attention *a = &e->ref.attention;
+    sel_model *m = NULL;
+    const sel_model_options o = { .use = use, .batch = w->micro, .tokens = e->n,
+                                  .attention = { .selective = a->selective, .relu = a->relu,
+                                                 .protect_bos = a->protect_bos, .protect_self = a->protect_self,
+                                                 .shift = a->shift, .epsilon = e->ref.epsilon, .tau = a->tau },
+                                  .threads = w->threads, .ops = ops, .engine = engine };
+    CHECK_OK(sel_model_new(&m, e->layout, &o));
+    if (!m) abort();
+    CHECK_OK(sel_model_pack(m, e->params));
+    return m;
+}
+
+/* Stretches of the gradient that the model has said are final, as they were then. */
+typedef struct {
+    const float *grads;
+    float *copy;
+    unsigned char *told;
+    int64_t total, mistakes;
+} progress;
+
+static void note_ready(void *ctx, int64_t begin, int64_t end)
+{
+    progress *p = ctx;
+    if (begin < 0 || end > p->total || begin >= end) {
+        p->mistakes++;
+        return;
+    }
+    for (int64_t i = begin; i < end; i++) {
+        p->mistakes += p->told[i];
+        p->told[i] = 1;
+        p->copy[i] = p->grads[i];
+    }
+}
+
+static double distance(const float *x, const float *y, int64_t n)
+{
+    double s = 0.0;
+    for (int64_t i = 0; i < n; i++) s += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
+    return sqrt(s);
+}
+
+static double norm(const float *x, int64_t n)
+{
+    double s = 0.0;
+    for (int64_t i = 0; i < n; i++) s += (double)x[i] * (double)x[i];
+    return sqrt(s);
+}
+
+static void check_gradient(const example *e, const char *how, const float *grads)
+{
+    const int64_t total = e->layout->total;
+    const double whole = norm(e->grad, total), error = distance(grads, e->grad, total);
+    CHECK(error <= e->slack * GRADIENT_BOUND * whole, "%s; %s: gradient: relative error %.3g", e->name, how, error / whole);
+    for (int t = 0; t < e->layout->n_tensors; t++) {
+        const sel_tensor *x = &e->layout->tensors[t];
+        const double size = norm(e->grad + x->offset, x->count);
+        const double limit = e->slack * fmax(TENSOR_BOUND * size, 1e-7 * whole);
+        const double off = distance(grads + x->offset, e->grad + x->offset, x->count);
+        CHECK(off <= limit, "%s; %s: gradient of %s: error %.3g of norm %.3g", e->name, how, x->name, off, size);
+    }
+}
+
+static void check_stats(const example *e, const char *how, const sel_batch_stats *s)
+{
+    const double loss = s->loss / (double)e->predicted, memory = e->ref.epsilon * s->memory / (double)e->B;
+    CHECK(s->tokens == e->predicted, "%s; %s: %lld targets counted, not %lld", e->name, how, (long long)s->tokens,
+          (long long)e->predicted);
+    CHECK(fabs(loss - e->loss) <= e->slack * LOSS_BOUND * e->loss, "%s; %s: loss %.9g, not %.9g", e->name, how, loss, e->loss);
+    if (e->ref.epsilon > 0.0)
+        CHECK(fabs(memory - e->memory_loss) <= e->slack * LOSS_BOUND * fabs(e->memory_loss),
+              "%s; %s: memory loss %.9g, not %.9g", e->name, how, memory, e->memory_loss);
+}
+
+static void check_train(const example *e, const way *w, const sel_ops *ops, sel_linear_engine *engine)
+{
+    const int64_t total = e->layout->total;
+    sel_model *m = model_open(e, w, SEL_USE_TRAIN, ops, engine);
+    float *grads = sel_alloc((size_t)total * sizeof *grads, "gradients");
+    progress p = { .grads = grads, .copy = room(total, sizeof(float)), .told = room(total, 1), .total = total };
+    char how[128];
+    way_name(how, sizeof how, w);
+    if (!grads) abort();
+
+    /* Twice: the second step must not remember the first. */
+    for (int step = 0; step < 2; step++) {
+        sel_batch_stats sum = { 0 };
+        memset(grads, 0, (size_t)total * sizeof *grads);
+        memset(p.told, 0, (size_t)total);
+        p.mistakes = 0;
+        for (int64_t b = 0; b < e->B; b += w->micro) {
+            const int64_t count = e->B - b < w->micro ? e->B - b : w->micro;
+            const bool last = b + count == e->B;
+            sel_batch_stats s;
+            CHECK_OK(sel_model_train(m, e->params, grads, e->tokens + b * (e->n + 1), count, e->n,
+                                     1.0 / (double)e->predicted, e->ref.epsilon / (double)e->B,
+                                     last ? note_ready : NULL, &p, &s));
+            sum.loss += s.loss;
+            sum.memory += s.memory;
+            sum.tokens += s.tokens;
+        }
+        check_stats(e, how, &sum);
+        check_gradient(e, how, grads);
+        int64_t untold = 0;
+        for (int t = 0; t < e->layout->n_tensors; t++)
+            for (int64_t i = 0; i < e->layout->tensors[t].count; i++)
+                untold += !p.told[e->layout->tensors[t].offset + i];
+        for (int64_t i = 0; i < total; i++) p.mistakes += p.told[i] && p.copy[i] != grads[i];
+        CHECK(untold == 0 && p.mistakes == 0, "%s; %s: ready: %lld values never told, %lld told wrongly", e->name, how,
+              (long long)untold, (long long)p.mistakes);
+    }
+    free(p.copy);
+    free(p.told);
+    sel_free(grads);
+    sel_model_free(&m);
+}
+
+static void check_score(const example *e, const way *w, const sel_ops *ops, sel_linear_engine *engine)
+{
+    sel_model *m = model_open(e, w, SEL_USE_SCORE, ops, engine);
+    double *logp = room(e->B * e->n, sizeof *logp), worst = 0.0;
+    uint8_t *best = room(e->B * e->n, 1);
+    sel_batch_stats sum = { 0 };
+    int64_t correct = 0;
+    char how[128];
+    way_name(how, sizeof how, w);
+
+    for (int64_t b = 0; b < e->B; b += w->micro) {
+        const int64_t count = e->B - b < w->micro ? e->B - b : w->micro;
+        sel_batch_stats s;
+        CHECK_OK(sel_model_score(m, e->params, e->tokens + b * (e->n + 1), count, e->n, logp + b * e->n,
+                                 best + b * e->n, &s));
+        sum.loss += s.loss;
+        sum.memory += s.memory;
+        sum.tokens += s.tokens;
+        sum.correct += s.correct;
+    }
+    check_stats(e, how, &sum);
+    for (int64_t i = 0; i < e->B * e->n; i++) {
+        worst = fmax(worst, fabs(logp[i] - e->logp[i]));
+        correct += best[i];
+    }
+    CHECK(worst <= e->slack * LOGP_BOUND, "%s; %s: score: log p off by %.3g", e->name, how, worst);
+    CHECK(correct == sum.correct, "%s; %s: %lld best, %lld correct", e->name, how, (long long)correct,
+          (long long)sum.correct);
+    free(logp);
+    free(best);
+    sel_model_free(&m);
+}
+
+/* Feeds whole sequences in spans of `span` tokens; the logits after each span give the next target's log p. */
+static void check_decode(const example *e, const way *w, int64_t span, const sel_ops *ops, sel_linear_engine *engine)
+{
+    const int64_t V = e->ref.dims.V;
+    way all = *w;
+    all.micro = e->B;
+    sel_model *m = model_open(e, &all, SEL_USE_DECODE, ops, engine);
+    float *logits = room(e->B * V, sizeof *logits);
+    int32_t *next = room(e->B * e->n, sizeof *next);
+    char how[128];
+    way_name(how, sizeof how, &all);
+
+    for (int round = 0; round < 2; round++) {
+        double worst = 0.0;
+        sel_model_restart(m);
+        for (int64_t i = 0; i < e->n; i += span) {
+            const int64_t count = e->n - i < span ? e->n - i : span;
+            for (int64_t b = 0; b < e->B; b++)
+                memcpy(next + b * count, e->tokens + b * (e->n + 1) + i, (size_t)count * sizeof *next);
+            CHECK_OK(sel_model_extend(m, e->params, next, e->B, count, logits));
+            CHECK(sel_model_cached(m) == i + count, "%s: %lld tokens cached, not %lld", e->name,
+                  (long long)sel_model_cached(m), (long long)(i + count));
+            for (int64_t b = 0; b < e->B; b++) {
+                const int32_t target = e->tokens[b * (e->n + 1) + i + count];
+                double sum = 0.0;
+                if (target < 0) continue;
+                for (int64_t v = 0; v < V; v++) sum += exp((double)logits[b * V + v]);
+                const double logp = (double)logits[b * V + target] - log(sum);
+                worst = fmax(worst, fabs(logp - e->logp[b * e->n + i + count - 1]));
+            }
+        }
+        CHECK(worst <= e->slack * LOGP_BOUND, "%s; %s: decoding %d at a time, round %d: log p off by %.3g", e->name, how,
+              (int)span, round, worst);
+    }
+    if (e->n == e->ref.dims.N)
+        CHECK(sel_model_extend(m, e->params, next, e->B, 1, logits) == SEL_EUSER, "%s: a full context took one more",
+              e->name);
+    free(logits);
+    free(next);
+    sel_model_free(&m);
+}
+
+int main(void)
+{
+    static const struct {
+        sel_dims dims;           /* V, N, D, L, H, Hkv, dh, F */
+        int64_t B, n;
+    } shapes[] = {
+        { { 67, 40, 24, 2, 3, 1, 8, 17 }, 3, 33 },
+        { { 13, 9, 15, 3, 3, 3, 5, 11 }, 3, 9 },
+        { { 300, 130, 48, 2, 6, 2, 16, 101 }, 3, 130 },
+        { { 259, 70, 128, 1, 2, 2, 64, 341 }, 3, 70 },
+        { { 31, 8, 10, 2, 2, 1, 6, 7 }, 3, 1 },
+    };
+    const bool quick = getenv("SEL_TEST_QUICK") != NULL;
+    const sel_cpu_level top = sel_cpu_detect();
+    int c = 0;
+    for (int threads = 1; threads <= 2; threads++)
+        for (int backend = SEL_LINEAR_ONEDNN; backend <= SEL_LINEAR_OPENBLAS; backend++) {
+            sel_linear_engine *engine = NULL;
+            CHECK_OK(sel_linear_open(&engine, (sel_linear_backend)backend, threads));
+            if (!engine) abort();
+            for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+                for (int s = 0; s < SWITCHES; s++, c++) {
+                    if (quick && c % 3) continue;
+                    sel_ops ops;
+                    const way w = { (sel_linear_backend)backend, threads, c % 4 == 3 ? 2 : c % 2 ? 1 : 3,
+                                    (sel_cpu_level)(c % 5 ? (int)top : c / 5 % ((int)top + 1)) };
+                    sel_ops_init(&ops, w.level);
+                    example e = example_new(&shapes[i].dims, shapes[i].B, shapes[i].n, s, c / 2 % 2 ? 0.3 : 0.0,
+                                            (uint64_t)c);
+                    check_train(&e, &w, &ops, engine);
+                    check_score(&e, &w, &ops, engine);
+                    check_decode(&e, &w, (int64_t[]){ 1, 7, e.n }[c % 3], &ops, engine);
+                    example_free(&e);
+                }
+            sel_linear_close(&engine);
+        }
+    return check_verdict();
+}
