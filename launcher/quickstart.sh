@@ -32,13 +32,15 @@ wanted=("${selectra_packages[@]}")
 [ -e "$gcide" ] || wanted+=(dict-gcide)
 need_packages "${wanted[@]}"
 [ -e "$gcide" ] || quit "$gcide is missing (Debian package dict-gcide); GCIDE=FILE names a copy elsewhere"
-for tool in cmake ninja cc c++ mpirun; do
+for tool in cmake cc c++ mpirun; do
     command -v $tool >/dev/null || quit "$tool is missing"
 done
 
 say "build: $selectra"
-cmake --preset release -G Ninja -DSEL_TESTS=OFF >/dev/null
-cmake --build --preset release --target selectra -- --quiet
+generator=()
+if [ ! -f build/CMakeCache.txt ] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
+cmake --preset release "${generator[@]}" -DSEL_TESTS=OFF >/dev/null
+cmake --build --preset release --target selectra --parallel "$(nproc)" >/dev/null
 
 # The dictionary is one text, an entry beginning at each line that is not indented.  An entry becomes a document of
 # JSON lines, its wrapped lines joined; every 50th is held out, every 4th of the others trains the tokenizer.

@@ -27,22 +27,26 @@ typedef struct {
  *     v = beta2 v + (1 - beta2) g^2
  *     w -= lr mhat / (sqrt(vhat) + eps) + lr decay w
  *
- * The two parts of the update are added before they meet w: 1 - lr decay would be rounded to a multiple of
+ * on one vector, or its first n lanes.  The two parts of the update are added before they meet w: 1 - lr decay would be rounded to a multiple of
  * 2^-24, a tenth of lr decay itself.
  */
-static void adamw_block(float *restrict w, float *restrict m, float *restrict v, const float *restrict g, int64_t n,
-                        adamw_step s)
+static inline void adamw_vector(float *w, float *m, float *v, const float *g, int64_t n, const adamw_step *s)
 {
-    for (int64_t i = 0; i < n; i += VL) {
-        const int64_t left = n - i;
-        const vf x = vload_n(g + i, left) * s.g_scale, w0 = vload_n(w + i, left);
-        const vf m1 = vload_n(m + i, left) * s.keep1 + x * s.take1;
-        const vf v1 = vload_n(v + i, left) * s.keep2 + x * x * s.take2;
-        const vf update = m1 * s.lr / (vsqrt(v1) * s.root + s.eps) + w0 * s.decay;
-        vstore_n(m + i, m1, left);
-        vstore_n(v + i, v1, left);
-        vstore_n(w + i, w0 - update, left);
-    }
+    const vf x = vload_n(g, n) * s->g_scale, w0 = vload_n(w, n);
+    const vf m1 = vload_n(m, n) * s->keep1 + x * s->take1;
+    const vf v1 = vload_n(v, n) * s->keep2 + x * x * s->take2;
+    const vf update = m1 * s->lr / (vsqrt(v1) * s->root + s->eps) + w0 * s->decay;
+    vstore_n(m, m1, n);
+    vstore_n(v, v1, n);
+    vstore_n(w, w0 - update, n);
+}
+
+static void adamw_block(float *restrict w, float *restrict m, float *restrict v, const float *restrict g, int64_t n,
+                        const adamw_step *s)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) adamw_vector(w + i, m + i, v + i, g + i, VL, s);
+    if (i < n) adamw_vector(w + i, m + i, v + i, g + i, n - i, s);
 }
 
 static void adamw(float *w, float *m, float *v, const float *g, int64_t n, double g_scale, double lr, double beta1,
@@ -63,7 +67,7 @@ static void adamw(float *w, float *m, float *v, const float *g, int64_t n, doubl
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t i = b * block, left = n - i;
-        adamw_block(w + i, m + i, v + i, g + i, left < block ? left : block, s);
+        adamw_block(w + i, m + i, v + i, g + i, left < block ? left : block, &s);
     }
 }
 

@@ -189,7 +189,8 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
         }
     }
     if (!p->packed) {
-        const dnnl_status_t got = accumulate ? describe(&w, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, s);
+        const dnnl_status_t got =
+            accumulate ? describe(&w, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, s);
         SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
         SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
     }

@@ -15,17 +15,33 @@ static inline gate sigmoid(vf g)
     return (gate){ s, vselect(g > vset1(0.0f), e * s, 1.0f - s) };
 }
 
+/* One vector, or its first n lanes. */
+static inline void forward_vector(float *a, const float *g, const float *u, int64_t n)
+{
+    const vf x = vload_n(g, n);
+    vstore_n(a, x * sigmoid(x).s * vload_n(u, n), n);
+}
+
+static inline void backward_vector(float *dg, float *du, float *a, const float *da, const float *g, const float *u,
+                                   int64_t n)
+{
+    const vf x = vload_n(g, n), up = vload_n(u, n), d = vload_n(da, n);
+    const gate q = sigmoid(x);
+    const vf silu = x * q.s;
+    if (a) vstore_n(a, silu * up, n);
+    vstore_n(dg, d * up * (q.s + silu * q.rest), n);
+    vstore_n(du, d * silu, n);
+}
+
 static void swiglu_forward(float *restrict a, const float *restrict gu, int64_t rows, int64_t Fw, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const float *g = gu + r * 2 * Fw, *u = g + Fw;
         float *y = a + r * Fw;
-        for (int64_t i = 0; i < Fw; i += VL) {
-            const int64_t n = Fw - i;
-            const vf x = vload_n(g + i, n);
-            vstore_n(y + i, x * sigmoid(x).s * vload_n(u + i, n), n);
-        }
+        int64_t i = 0;
+        for (; i + VL <= Fw; i += VL) forward_vector(y + i, g + i, u + i, VL);
+        if (i < Fw) forward_vector(y + i, g + i, u + i, Fw - i);
     }
 }
 
@@ -34,17 +50,11 @@ static void swiglu_backward(float *dgu, float *restrict a, const float *restrict
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const float *g = gu + r * 2 * Fw, *u = g + Fw, *dy = da + r * Fw;
-        float *dg = dgu + r * 2 * Fw, *du = dg + Fw;
-        for (int64_t i = 0; i < Fw; i += VL) {
-            const int64_t n = Fw - i;
-            const vf x = vload_n(g + i, n), up = vload_n(u + i, n), d = vload_n(dy + i, n);
-            const gate q = sigmoid(x);
-            const vf silu = x * q.s;
-            if (a) vstore_n(a + r * Fw + i, silu * up, n);
-            vstore_n(dg + i, d * up * (q.s + silu * q.rest), n);
-            vstore_n(du + i, d * silu, n);
-        }
+        const float *g = gu + r * 2 * Fw, *u = g + Fw, *d = da + r * Fw;
+        float *dg = dgu + r * 2 * Fw, *du = dg + Fw, *y = a ? a + r * Fw : NULL;
+        int64_t i = 0;
+        for (; i + VL <= Fw; i += VL) backward_vector(dg + i, du + i, y ? y + i : NULL, d + i, g + i, u + i, VL);
+        if (i < Fw) backward_vector(dg + i, du + i, y ? y + i : NULL, d + i, g + i, u + i, Fw - i);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -196,6 +197,8 @@ static void test_paths(const char *dir)
 
     /* A tree goes; what a symbolic link in it points at stays. */
     sel_path_join(path, dir, "stays");
+    CHECK_OK(sel_make_dirs(path));
+    sel_path_join(path, path, "file");
     CHECK_OK(sel_write_file(path, "x", 1));
     sel_path_join(other, dir, "x/y/link");
     CHECK(symlink("../../stays", other) == 0, "symlink");
@@ -205,6 +208,8 @@ static void test_paths(const char *dir)
     CHECK_OK(sel_remove_tree(other));
     CHECK_OK(sel_remove_tree(path));
     CHECK(!sel_path_exists(path), "%s", path);
+    sel_path_join(path, dir, "stays");
+    CHECK_OK(sel_remove_tree(path));
 }
 
 static void test_files(const char *dir)
@@ -241,6 +246,22 @@ static void test_files(const char *dir)
     CHECK(!sel_path_exists(tmp) && sel_path_is_dir(path), "%s is left", tmp);
     sel_path_join(path, dir, "none/file");
     CHECK(sel_write_file(path, "x", 1) == SEL_EIO && says(path), "%s", sel_error());
+
+    /* A write that fails half way leaves the old file and no other. */
+    struct rlimit before;
+    getrlimit(RLIMIT_FSIZE, &before);
+    const struct rlimit small = {.rlim_cur = 50000, .rlim_max = before.rlim_max};
+    signal(SIGXFSZ, SIG_IGN);
+    sel_path_join(path, dir, "old");
+    CHECK_OK(sel_write_file(path, "old", 3));
+    CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0, "limit");
+    CHECK(sel_write_file(path, text, 100000) == SEL_EIO && says(path) && says("too large"), "%s", sel_error());
+    setrlimit(RLIMIT_FSIZE, &before);
+    snprintf(tmp, sizeof tmp, "%.4000s.tmp", path);
+    CHECK(!sel_path_exists(tmp), "%s is left", tmp);
+    CHECK_OK(sel_read_file(path, &data, &bytes));
+    CHECK(bytes == 3 && memcmp(data, "old", 3) == 0, "%s", data);
+    free(data);
 
     /* A full disk, as the kernel has it ready: all writes to /dev/full fail with ENOSPC. */
     const int full = open("/dev/full", O_WRONLY);

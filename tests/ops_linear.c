@@ -5,6 +5,7 @@
  * (Higham, Accuracy and Stability, section 3.1), plus one rounding where it is added to something.
  */
 #include "tests/check.h"
+#include "tests/random.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -15,18 +16,10 @@
 
 static const float RIM = 7.25f;   /* what gaps and ends hold: any write changes it */
 
-static uint64_t random_state = 1;
-
-static uint32_t random_bits(void)
-{
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(random_state >> 33);
-}
-
-/* Integers in [-4, 4], or 24-bit fractions in [-1, 1). */
+/* Integers in [-4, 4], or fractions in (-1, 1). */
 static float draw(bool exact)
 {
-    return exact ? (float)(random_bits() % 9) - 4.0f : (float)(random_bits() >> 7) * 0x1p-23f - 1.0f;
+    return (float)(exact ? floor(9.0 * random_uniform()) - 4.0 : 2.0 * random_uniform() - 1.0);
 }
 
 /* A matrix [rows][n] with row stride `row`; gaps and 16 floats after the end hold RIM. */
@@ -226,8 +219,9 @@ static void check_backend(sel_linear_backend backend, const char *library)
         CHECK_OK(sel_linear_open(&e, backend, threads));
         CHECK_OK(sel_linear_open(&other, backend, threads % 3 + 1));   /* must not disturb the first */
         if (!e || !other) return;
-        CHECK(strncmp(sel_linear_library(e), library, strlen(library)) == 0 && strpbrk(sel_linear_library(e), "0123456789"),
-              "\"%s\" is not a name and a version", sel_linear_library(e));
+        const char *name = sel_linear_library(e);
+        CHECK(strncmp(name, library, strlen(library)) == 0 && strpbrk(name, "0123456789"),
+              "\"%s\" is not a name and a version", name);
         for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
             check_shape(e, SHAPES[i][0], SHAPES[i][1], true);
             if (threads == 2) check_shape(e, SHAPES[i][0], SHAPES[i][1], false);

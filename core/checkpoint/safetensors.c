@@ -1,6 +1,7 @@
 /* safetensors.c: the header of a safetensors file, made and checked. */
 #include "core/checkpoint/safetensors.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -106,6 +107,9 @@ static sel_status parse_entry(sel_st_entry *e, const char *name, json_t *value, 
     json_error_t why;
     int64_t bytes;
 
+    for (const char *p = name; *p; p++)
+        if (iscntrl((unsigned char)*p))
+            return sel_fail(SEL_EFILE, "%s: header: a name has the control character 0x%02x in it", path, (unsigned)*p);
     if (strlen(name) >= sizeof e->name)
         return sel_fail(SEL_EFILE, "%s: header: the name %.100s... is longer than %zu bytes", path, name,
                         sizeof e->name - 1);
@@ -114,7 +118,7 @@ static sel_status parse_entry(sel_st_entry *e, const char *name, json_t *value, 
                        "data_offsets", &begin, &end) != 0)
         return sel_fail(SEL_EFILE, "%s: header: tensor %s: %s", path, name, why.text);
     if (strcmp(dtype, "F32") != 0)
-        return sel_fail(SEL_EFILE, "%s: header: tensor %s is %.20s, only F32 is read", path, name, dtype);
+        return sel_fail(SEL_EFILE, "%s: header: tensor %s: its dtype is not F32, the only one read", path, name);
     if (!json_is_array(shape) || json_array_size(shape) > 2)
         return sel_fail(SEL_EFILE, "%s: header: tensor %s: the shape is not a list of at most 2 sizes", path, name);
     e->rank = (int)json_array_size(shape);

@@ -203,6 +203,18 @@ static sel_status fill(saving *s)
     return sel_keep_verify(s->comm, s->tmp);
 }
 
+/* [collective] Removes the attempt; it is gone when any rank returns.  What is told is why it failed, also where it
+   cannot be removed: the next save tries again. */
+static sel_status give_up(const saving *s, sel_status rc)
+{
+    char line[1024];
+
+    snprintf(line, sizeof line, "%s", sel_error());
+    if (s->rank == 0 && s->tmp[0]) sel_remove_tree(s->tmp);
+    sel_comm_barrier(s->comm);
+    return sel_fail(rc, "%s", line);
+}
+
 static void free_file(shared_file *f)
 {
     free(f->header);
@@ -213,19 +225,13 @@ sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *l
                                const float *params, const float *exp_avg, const float *exp_avg_sq, int64_t keep)
 {
     saving s = {.comm = c, .rank = sel_comm_rank(c), .size = sel_comm_size(c), .dir = dir, .layout = layout, .info = info};
-    char line[1024];
 
     s.model.arrays[0] = params;
     s.optimizer.arrays[0] = exp_avg;
     s.optimizer.arrays[1] = exp_avg_sq;
     sel_status rc = fill(&s);
     if (rc == SEL_OK) rc = sel_comm_agree(c, s.rank == 0 ? sel_keep_place(dir, s.tmp, s.final) : SEL_OK);
-    if (rc != SEL_OK && s.rank == 0 && s.tmp[0]) {
-        /* The failure that counts is the first, also where the attempt cannot be removed: the next save tries again. */
-        snprintf(line, sizeof line, "%s", sel_error());
-        sel_remove_tree(s.tmp);
-        sel_fail(rc, "%s", line);
-    }
+    if (rc != SEL_OK) rc = give_up(&s, rc);
     free_file(&s.model);
     free_file(&s.optimizer);
     if (rc != SEL_OK) return rc;

@@ -157,6 +157,14 @@ static bool parse_hex(const json_t *value, uint32_t *crc)
     return true;
 }
 
+/* Text out of a damaged file that may stand in a line for people. */
+static bool printable(const char *text)
+{
+    for (const char *p = text; *p; p++)
+        if (iscntrl((unsigned char)*p)) return false;
+    return true;
+}
+
 static bool parse_named(const json_t *value, uint32_t *crc)
 {
     *crc = 0;
@@ -174,10 +182,10 @@ static sel_status parse_file(sel_step_file *file, json_t *value, const char *pat
     if (json_unpack_ex(value, &why, 0, "{s:s, s:I, s:o, s:s}", "name", &name, "bytes", &bytes, "checksum", &checksum,
                        "checksum_kind", &kind) != 0)
         return sel_fail(SEL_EFILE, "%s: files: %s", path, why.text);
-    if (!*name || strlen(name) >= sizeof file->name || strchr(name, '/') || name[0] == '.')
-        return sel_fail(SEL_EFILE, "%s: files: %.80s is no name of a file in this folder", path, name);
+    if (!*name || strlen(name) >= sizeof file->name || strchr(name, '/') || name[0] == '.' || !printable(name))
+        return sel_fail(SEL_EFILE, "%s: files: a name is none of a file in this folder", path);
     if (strcmp(kind, "crc32") != 0)
-        return sel_fail(SEL_EFILE, "%s: files: %s: checksum_kind %.20s is not known, only crc32", path, name, kind);
+        return sel_fail(SEL_EFILE, "%s: files: %s: its checksum_kind is not crc32, the only one known", path, name);
     if (bytes < 0 || !parse_hex(checksum, &file->crc32))
         return sel_fail(SEL_EFILE, "%s: files: %s: size or checksum is damaged", path, name);
     strcpy(file->name, name);
@@ -217,7 +225,8 @@ static sel_status parse_manifest(sel_manifest *m, sel_step_file *files, int *n, 
     if (json_unpack_ex(root, &why, 0, "{s:s}", "format", &format) != 0)
         return sel_fail(SEL_EFILE, "%s: %s", path, why.text);
     if (strcmp(format, FORMAT) != 0)
-        return sel_fail(SEL_EFILE, "%s: format %.40s is not known, this program reads %s", path, format, FORMAT);
+        return sel_fail(SEL_EFILE, "%s: format %.40s is not known, this program reads %s", path,
+                        printable(format) ? format : "?", FORMAT);
     SEL_TRY(check_own_crc32(root, path));
     if (json_unpack_ex(root, &why, 0, "{s:I, s:I, s:s, s:o, s:o, s:o}", "step", &step, "tokens", &tokens, "config",
                        &config, "files", &list, "corpus", &corpus, "tokenizer", &tokenizer) != 0)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# A rank that dies, computes a number that is not one, or meets a full disk: the job ends by itself within seconds,
+# with a status that is not 0, says which rank or step, and can be resumed.
+. "$(dirname "$0")/e2e.sh"
+prepare
+
+train straight
+expect 0 ranks 2 "${arguments[@]}"
+
+# fault WORDS STATUS PATTERN: a run with the fault, what it says, and the same run without it.
+fault() {
+    local run=run-${1//:/-}
+    train "$run"
+    SELECTRA_FAULT=$1 start 2 "${arguments[@]}"
+    ended "$2" 20 && said "$3"
+    check "$1: no process is left" test -z "$(grep -lsa "run.dir=$run" /proc/[0-9]*/cmdline)"
+    expect 0 ranks 2 "${arguments[@]}"
+    check "$1: the run goes on" grep -q 'resuming from step' out
+    same_state straight "$run" 60
+}
+fault 1:forward:30:kill   fail 'rank 1|PID|signal 9'
+fault 0:backward:30:kill  fail 'rank 0|PID|signal 9'
+fault 1:reduce:1:kill     fail 'rank 1|PID|signal 9'
+fault 1:forward:25:nan    1    'step 25.*not finite'
+fault 0:backward:25:nan   1    'step 25.*not finite'
+fault 1:save:40:enospc    1    'space'
+fault 0:save:40:enospc    1    'space'
+fault 1:save:40:kill      fail 'rank 1|PID|signal 9'
+fault 0:validate:60:kill  fail 'rank 0|PID|signal 9'
+
+# A number that is not finite is left in the metrics until the run goes on without it.
+train event
+SELECTRA_FAULT=0:forward:25:nan expect 1 ranks 2 "${arguments[@]}"
+check "the metrics tell the event" grep -q '"event":.*step 25' event/metrics.jsonl
+
+# The very first checkpoint fails: the run does not begin.
+train early
+SELECTRA_FAULT=1:save:0:enospc expect 1 ranks 2 "${arguments[@]}"
+said 'space'
+
+# What cannot be read is a mistake.
+for words in 1:forward:5 1:forwards:5:kill x:forward:5:kill 1:forward:5:explode 1:forward:-1:kill 1:2:3:4:5; do
+    train wrong
+    SELECTRA_FAULT=$words expect 2 ranks 2 "${arguments[@]}"
+    said "SELECTRA_FAULT: $words"
+    check "no run folder" test ! -e wrong
+done
+verdict

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# kill -9 at a random moment, 30 times, in a run that saves after every step: every restart works, and in the end the
+# weights are those of a run that was never killed.  KILL_SEED=N repeats a sequence of moments.
+. "$(dirname "$0")/e2e.sh"
+prepare
+
+KILL_SEED=${KILL_SEED:-$$}
+RANDOM=$KILL_SEED
+echo "KILL_SEED=$KILL_SEED"
+size=(model.width=192 model.layers=3 train.batch=2 train.steps=400 train.validate_tokens=256)
+
+train straight "${size[@]}" checkpoint.every=0
+expect 0 ranks 2 "${arguments[@]}"
+
+train killed "${size[@]}" checkpoint.every=1
+unfinished=0
+for ((kills = 1; kills <= 30; kills++)); do
+    before=$(last_step killed)
+    start 2 "${arguments[@]}"
+    # The first start may be hit before anything is there; the others once they have gone on.
+    if [ $kills -gt 1 ] && ! wait_step killed $((before + 1)); then
+        fail "start $kills did not go on from step $before"
+        tail -5 out err
+    fi
+    sleep "$(printf '0.%03d' $((RANDOM % 1000)))"
+    rank=$(one_rank $((RANDOM % 2)))
+    [ -z "$rank" ] || kill -9 "$rank" 2>/dev/null
+    ended fail 20
+    ls -d killed/checkpoints/.tmp-* >/dev/null 2>&1 && unfinished=$((unfinished + 1))
+done
+echo "killed 30 times, $unfinished times within a save; now at step $(last_step killed)"
+check "some kills fell within a save" test $unfinished -gt 0
+
+train killed "${size[@]}" checkpoint.every=0
+expect 0 ranks 2 "${arguments[@]}"
+same_state straight killed 400
+check "nothing half-written is left" test -z "$(find killed -name '.tmp-*' -o -name '*.tmp')"
+verdict

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A run that was killed, or asked to end, and then went on is the run that never stopped: the same weights and moments
+# to the bit, the same metrics but for times.
+. "$(dirname "$0")/e2e.sh"
+prepare
+
+# Wide enough that a step takes some hundredths of a second: there must be time to hit the run in its middle.
+size=(model.width=128 model.context=128 checkpoint.every=10 checkpoint.keep=20)
+
+for np in 1 2; do
+    train straight$np "${size[@]}"
+    expect 0 ranks $np "${arguments[@]}"
+    check "all 60 steps are logged" test "$(losses straight$np | wc -l)" -eq 60
+
+    # kill -9 at step 20 or a little later
+    train killed$np "${size[@]}"
+    start $np "${arguments[@]}"
+    if wait_step killed$np 20; then pass; else fail "the run with $np ranks did not reach step 20"; fi
+    kill -9 "$(one_rank $((np - 1)))"
+    ended fail 20
+    check "it was killed before its end" test "$(last_step killed$np)" -lt 60
+    expect 0 ranks $np "${arguments[@]}"
+    check "it resumed" grep -q 'resuming from step [2-5]0' out
+    same_state straight$np killed$np 60
+    same_metrics straight$np killed$np
+    check "its provenance has two starts" test "$(grep -c '"resumed_from"' killed$np/provenance.json)" -eq 2
+done
+
+# A signal to either rank: the step is finished and saved, status 85.
+rank=0
+for signal in TERM INT USR1 USR2; do
+    train asked$signal "${size[@]}"
+    start 2 "${arguments[@]}"
+    if wait_step asked$signal 5; then pass; else fail "the run for $signal did not reach step 5"; fi
+    kill -$signal "$(one_rank $rank)"
+    ended 85 20
+    at=$(last_step asked$signal)
+    check "$signal: stopped before the end" test "$at" -lt 60
+    check "$signal: saved at the step it reached, $at" test -f "$(state asked$signal "$at")/manifest.json"
+    expect 0 ranks 2 "${arguments[@]}"
+    check "$signal: resumed at step $at" grep -q "resuming from step $at\$" out
+    same_state straight2 asked$signal 60
+    same_metrics straight2 asked$signal
+    rank=$((1 - rank))
+done
+verdict
