@@ -1,7 +1,7 @@
 /* adamw_c.c: operations on long flat arrays: AdamW, sum of squares, addition.
  *
- * AdamW is elementwise and always goes through whole vectors, short ends too: an element's result does not depend
- * on where it lies in the call, so threads and ranks may share the arrays in any way.
+ * AdamW is elementwise, and compiled without fused multiply-add (CMakeLists.txt): an element's result depends
+ * neither on where it lies in the call nor on the level, so threads and ranks may share the arrays in any way.
  */
 #include <math.h>
 #include "ops/levels.h"
@@ -27,8 +27,8 @@ typedef struct {
  *     v = beta2 v + (1 - beta2) g^2
  *     w -= lr mhat / (sqrt(vhat) + eps) + lr decay w
  *
- * on one vector, or its first n lanes.  The two parts of the update are added before they meet w: 1 - lr decay would be rounded to a multiple of
- * 2^-24, a tenth of lr decay itself.
+ * on one vector, or its first n lanes.  The two parts of the update are added before they meet w: 1 - lr decay
+ * would be rounded to a multiple of 2^-24, a tenth of lr decay itself.
  */
 static inline void adamw_vector(float *w, float *m, float *v, const float *g, int64_t n, const adamw_step *s)
 {

@@ -38,9 +38,19 @@ static inline float forward_one(float *y, const float *x, const float *w, int64_
     return r;
 }
 
-/* dx = gradient, or dx += gradient where add; dw += this row's part.  dx may be dy. */
-static inline void backward_one(float *dx, float *restrict dw, const float *dy, const float *restrict x,
-                                const float *restrict w, float r, int64_t D, bool add)
+/* One vector, or its first n lanes: dx = gradient, or dx += gradient where add; dw += its part.  dx may be dy. */
+static inline void backward_vector(float *dx, float *dw, const float *dy, const float *x, const float *w, float r,
+                                   float mean, int64_t n, bool add)
+{
+    const vf g = vload_n(dy, n), y = vload_n(x, n) * r;
+    vf gradient = r * (g * vload_n(w, n) - y * mean);
+    if (add) gradient += vload_n(dx, n);
+    vstore_n(dw, vload_n(dw, n) + g * y, n);
+    vstore_n(dx, gradient, n);
+}
+
+static inline void backward_one(float *dx, float *dw, const float *dy, const float *x, const float *w, float r,
+                                int64_t D, bool add)
 {
     vf a = vset1(0.0f), b = a;
     int64_t d = 0;
@@ -52,12 +62,8 @@ static inline void backward_one(float *dx, float *restrict dw, const float *dy, 
     for (; d < D; d++) sum += dy[d] * w[d] * (x[d] * r);
     const float mean = sum / (float)D;
 
-    for (d = 0; d < D; d++) {
-        const float n = x[d] * r, g = dy[d];
-        dw[d] += g * n;
-        const float gradient = r * (g * w[d] - n * mean);
-        dx[d] = add ? dx[d] + gradient : gradient;
-    }
+    for (d = 0; d + VL <= D; d += VL) backward_vector(dx + d, dw + d, dy + d, x + d, w + d, r, mean, VL, add);
+    if (d < D) backward_vector(dx + d, dw + d, dy + d, x + d, w + d, r, mean, D - d, add);
 }
 
 static void rmsnorm_forward(float *restrict y, float *restrict rstd, const float *restrict x,

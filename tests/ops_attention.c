@@ -708,6 +708,43 @@ static void check_long(int64_t N)
     problem_free(&p);
 }
 
+/* Above 4,096 rows forward saves fewer carries than there are row tiles and backward rebuilds the others: one call
+   against several short ones, which save them all (the reference's matrices would not fit). */
+static void check_saved_groups(int64_t N)
+{
+    problem p = { .a = { .B = 1, .H = 2, .Hkv = 1, .N = N, .dh = 8, .selective = true, .relu = true,
+                         .protect_bos = true, .protect_self = true, .shift = true } };
+    random_seed(8000);
+    p.q = float_normals(q_count(&p), 1.0);
+    p.k = float_normals(k_count(&p), 1.0);
+    p.v = float_normals(k_count(&p), 1.0);
+    p.dout = float_normals(q_count(&p), 1.0);
+    avoid_kinks(&p);
+    const int64_t cuts[] = { 0, N / 3, N / 3 + 1500, N }, counts[] = { q_count(&p), k_count(&p), k_count(&p) };
+    CHECK(sel_attention_carries(N) < N / 64, "%d rows save %d carries", (int)N, (int)sel_attention_carries(N));
+    for (int l = 0; l < levels; l++) {
+        outcome x = run(&p, &tables[l], 2, APART, cuts, 3);
+        outcome y = run(&p, &tables[l], 2, APART, (const int64_t[]){ 0, N }, 1);
+        const float *const pieces[] = { x.dq, x.dk, x.dv }, *const whole[] = { y.dq, y.dk, y.dv };
+        for (int g = 0; g < 3; g++) {
+            double difference = 0.0, size = 0.0;
+            for (int64_t i = 0; i < counts[g]; i++) {
+                const double u = (double)pieces[g][i], v = (double)whole[g][i];
+                difference += (u - v) * (u - v);
+                size += u * u;
+            }
+            CHECK(sqrt(difference) <= BOUND * sqrt(size), "%s, N %d: d%c: relative error %.3g",
+                  sel_cpu_level_name(tables[l].level), (int)N, "qkv"[g], sqrt(difference / size));
+        }
+        outcome_free(&x);
+        outcome_free(&y);
+    }
+    free(p.q);
+    free(p.k);
+    free(p.v);
+    free(p.dout);
+}
+
 int main(void)
 {
     const bool quick = getenv("SEL_TEST_QUICK") != NULL;
@@ -724,6 +761,8 @@ int main(void)
     check_standard_bits();
     check_large_logits();
     check_long(quick ? 700 : 2048);
+    check_saved_groups(4200);
+    if (!quick) check_saved_groups(8300);
     printf("%d levels, largest error %.2f of its bound\n", levels, worst);
     return check_verdict();
 }

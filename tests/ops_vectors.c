@@ -630,18 +630,27 @@ static void test_cpu(void)
     CHECK(*sel_cpu_name() != '\0', "no processor name");
 }
 
-/* What a level must share with the others to the bit: the norm of the gradients. */
+/* What the levels share to the bit: the norm of the gradients and AdamW, whose results go into weights. */
 static void test_levels_agree(void)
 {
     enum { N = 70001 };
-    const float *x = noise(N, 1.0f);
-    double first = 0.0;
+    AT("levels agree");
+    const float *x = noise(N, 1.0f), *start = noise(N, 1.0f);
+    float *first_w = NULL;
+    double first_sum = 0.0;
     for (int level = 0; level <= (int)sel_cpu_detect(); level++) {
         sel_ops_init(&ops, (sel_cpu_level)level);
         CHECK((int)ops.level == level, "the table says level %d, not %d", (int)ops.level, level);
         const double sum = ops.sum_squares(x, N, 2);
-        if (level == 0) first = sum;
-        CHECK(sum == first, "sum_squares at %s differs from c", sel_cpu_level_name(ops.level));
+        float *w = copy(start, N), *m = copy(x, N), *v = copy(x, N);
+        for (int64_t i = 0; i < N; i++) v[i] = fabsf(v[i]);
+        adamw_call(w, m, v, x, N, 0.9, 0.999, 5, 2);
+        if (level == 0) {
+            first_sum = sum;
+            first_w = w;
+        }
+        CHECK(sum == first_sum, "sum_squares at %s differs from c", sel_cpu_level_name(ops.level));
+        CHECK(same(w, first_w, N), "adamw at %s differs from c", sel_cpu_level_name(ops.level));
     }
     arrays_end();
 }

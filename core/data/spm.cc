@@ -418,9 +418,20 @@ uint32_t next_character(const char **p)
     return code;
 }
 
+std::string character(uint32_t code)
+{
+    const int tails = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const unsigned char lead[] = {0x00, 0xc0, 0xe0, 0xf0};
+    std::string s(1, static_cast<char>(lead[tails] | code >> (6 * tails)));
+
+    for (int i = tails - 1; i >= 0; i--) s += static_cast<char>(0x80 | (code >> (6 * i) & 0x3f));
+    return s;
+}
+
 /* Which characters become pieces.  Rare ones would crowd out words where the alphabet is large for the vocabulary
-   (over 1/16 of it): then those that cover 99.95% of the text, at most half the vocabulary.  The rest are bytes. */
-std::vector<bool> choose_alphabet(const std::vector<std::string> &lines, int64_t vocab)
+   (over 1/16 of it): then those that cover 99.95% of the text, at most half the vocabulary.  The rest are bytes.
+   A sample too poor for that many words takes every character that fits (poor); *all: it took all there are. */
+std::vector<bool> choose_alphabet(const std::vector<std::string> &lines, int64_t vocab, bool poor, bool *all)
 {
     std::vector<int64_t> count(CODE_POINTS);
     std::vector<uint32_t> order;
@@ -439,22 +450,27 @@ std::vector<bool> choose_alphabet(const std::vector<std::string> &lines, int64_t
     std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return count[a] > count[b]; });
 
     const size_t room = static_cast<size_t>(vocab - SPECIALS - BYTES - 1);
-    const bool all = order.size() <= room / 16;
-    for (size_t i = 0; i < order.size(); i++) {
-        if (!all && (i >= room / 2 || static_cast<double>(covered) >= 0.9995 * static_cast<double>(total))) break;
-        keep[order[i]] = true;
-        covered += count[order[i]];
+    const bool few = order.size() <= room / 16;
+    size_t kept = 0;
+    for (; kept < order.size(); kept++) {
+        if (kept >= room) break;
+        if (!few && !poor && kept >= room / 2) break;
+        if (!few && !poor && static_cast<double>(covered) >= 0.9995 * static_cast<double>(total)) break;
+        keep[order[kept]] = true;
+        covered += count[order[kept]];
     }
+    *all = kept == order.size();
     keep[' '] = true;
     return keep;
 }
 
-/* Cuts the lines at characters that are no pieces, so that no piece is learned across them. */
-std::vector<std::string> split_at_others(std::vector<std::string> lines, const std::vector<bool> &keep)
+/* Cuts the lines at characters that are no pieces, so that no piece is learned across them.  Every character that is one
+   comes once by itself too: the space must be there, and SentencePiece does not see those inside of "<s>" and the like. */
+std::vector<std::string> split_at_others(const std::vector<std::string> &lines, const std::vector<bool> &keep)
 {
     std::vector<std::string> sentences;
 
-    for (std::string &line : lines) {
+    for (const std::string &line : lines) {
         const char *p = line.data(), *const end = p + line.size(), *from = p;
         while (p < end) {
             const char *at = p;
@@ -463,8 +479,9 @@ std::vector<std::string> split_at_others(std::vector<std::string> lines, const s
             from = p;
         }
         if (end > from) sentences.emplace_back(from, end);
-        std::string().swap(line);
     }
+    for (uint32_t code = 0; code < CODE_POINTS; code++)
+        if (keep[code]) sentences.push_back(character(code));
     return sentences;
 }
 
@@ -529,10 +546,8 @@ sel_status train(const sel_tokenizer_options *o, sel_sentence_fn *next, void *ct
     }
     if (more < 0) return static_cast<sel_status>(more);
 
-    std::vector<std::string> lines = sample.take();
-    const std::vector<bool> alphabet = choose_alphabet(lines, o->vocab);
-    const std::vector<std::string> sentences = split_at_others(std::move(lines), alphabet);
-    if (sentences.empty()) return sel_fail(SEL_EUSER, "there is no text to train a tokenizer on");
+    const std::vector<std::string> lines = sample.take();
+    if (lines.empty()) return sel_fail(SEL_EUSER, "there is no text to train a tokenizer on");
 
     const std::unordered_map<std::string, std::string> spec = {
         {"model_type", o->kind},
@@ -542,7 +557,6 @@ sel_status train(const sel_tokenizer_options *o, sel_sentence_fn *next, void *ct
         {"add_dummy_prefix", "false"},
         {"remove_extra_whitespaces", "false"},
         {"character_coverage", "1.0"}, /* the sentences hold no other characters */
-        {"required_chars", kSpace},
         {"unk_id", "0"},
         {"bos_id", "1"},
         {"eos_id", "2"},
@@ -552,11 +566,16 @@ sel_status train(const sel_tokenizer_options *o, sel_sentence_fn *next, void *ct
         {"train_extremely_large_corpus", o->sample_bytes >= 1000000000 ? "true" : "false"},
         {"minloglevel", "2"}, /* silent: a library does not print */
     };
-    Sentences iterator(&sentences);
-    std::string model;
-    const sentencepiece::util::Status s = sentencepiece::SentencePieceTrainer::Train(spec, &iterator, &model);
-    if (!s.ok()) return train_failed(o, s);
-    return sel_write_file(output, model.data(), model.size());
+    for (bool poor = false;; poor = true) {
+        bool all;
+        std::string model;
+        const std::vector<bool> alphabet = choose_alphabet(lines, o->vocab, poor, &all);
+        const std::vector<std::string> sentences = split_at_others(lines, alphabet);
+        Sentences iterator(&sentences);
+        const sentencepiece::util::Status s = sentencepiece::SentencePieceTrainer::Train(spec, &iterator, &model);
+        if (s.ok()) return sel_write_file(output, model.data(), model.size());
+        if (all || poor) return train_failed(o, s);
+    }
 }
 } // namespace
 
