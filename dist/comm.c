@@ -15,19 +15,19 @@
 #include "core/base/mem.h"
 
 #define CHUNK_BYTES ((size_t)64 << 20)
-#define FOLD_BLOCK 64   /* doubles a rank that are folded at once: the statistics of a step fit in one */
+#define FOLD_BLOCK 64 /* doubles a rank that are folded at once: the statistics of a step fit in one */
 
 struct sel_comm {
-    MPI_Comm world;     /* our duplicate: no message of ours meets a library's */
+    MPI_Comm world; /* our duplicate: no message of ours meets a library's */
     int rank, size;
     int host_rank, host_size, hosts;
-    double *all;        /* [size][FOLD_BLOCK], owned: what the ranks bring to a fold */
+    double *all; /* [size][FOLD_BLOCK], owned: what the ranks bring to a fold */
 };
 
-#define CK(c, call)                                              \
-    do {                                                         \
-        const int ck_rc_ = (call);                               \
-        if (ck_rc_ != MPI_SUCCESS) mpi_die((c), #call, ck_rc_);  \
+#define CK(c, call)                                                                                                    \
+    do {                                                                                                               \
+        const int ck_rc_ = (call);                                                                                     \
+        if (ck_rc_ != MPI_SUCCESS) mpi_die((c), #call, ck_rc_);                                                        \
     } while (0)
 
 static _Noreturn void mpi_die(const sel_comm *c, const char *call, int code)
@@ -114,11 +114,30 @@ void sel_comm_close(sel_comm **c)
     *c = NULL;
 }
 
-int sel_comm_rank(const sel_comm *c) { return c->rank; }
-int sel_comm_size(const sel_comm *c) { return c->size; }
-int sel_comm_host_rank(const sel_comm *c) { return c->host_rank; }
-int sel_comm_host_size(const sel_comm *c) { return c->host_size; }
-int sel_comm_hosts(const sel_comm *c) { return c->hosts; }
+int sel_comm_rank(const sel_comm *c)
+{
+    return c->rank;
+}
+
+int sel_comm_size(const sel_comm *c)
+{
+    return c->size;
+}
+
+int sel_comm_host_rank(const sel_comm *c)
+{
+    return c->host_rank;
+}
+
+int sel_comm_host_size(const sel_comm *c)
+{
+    return c->host_size;
+}
+
+int sel_comm_hosts(const sel_comm *c)
+{
+    return c->hosts;
+}
 
 const char *sel_comm_library(void)
 {
@@ -178,7 +197,10 @@ void sel_comm_barrier(sel_comm *c)
     CK(c, MPI_Barrier(c->world));
 }
 
-static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+static size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
 
 void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
 {
@@ -188,10 +210,16 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
         CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
 }
 
-static double add(double a, double b) { return a + b; }
+static double add(double a, double b)
+{
+    return a + b;
+}
 
 /* The larger one, NaN as soon as one is: MPI_MAX leaves open what becomes of NaN. */
-static double larger(double a, double b) { return a != a || a > b ? a : b; }
+static double larger(double a, double b)
+{
+    return a != a || a > b ? a : b;
+}
 
 /* x[i] = op(... op(op(x of rank 0, x of rank 1), x of rank 2) ...).  Every rank folds the same numbers in the same
    order, so that the result has the same bits on all ranks, whatever algorithm the MPI library picks. */
@@ -240,7 +268,7 @@ void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int
     meet(c, __func__, bytes);
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
         const int n = (int)smaller(CHUNK_BYTES, bytes - at);
-        MPI_Datatype piece, slot;   /* n bytes, the next rank's `bytes` further on */
+        MPI_Datatype piece, slot; /* n bytes, the next rank's `bytes` further on */
 
         CK(c, MPI_Type_contiguous(n, MPI_BYTE, &piece));
         CK(c, MPI_Type_create_resized(piece, 0, (MPI_Aint)bytes, &slot));
@@ -253,7 +281,7 @@ void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int
 
 int sel_comm_same(sel_comm *c, uint64_t value)
 {
-    uint64_t low[2] = {value, ~value};   /* the least complement is that of the greatest */
+    uint64_t low[2] = {value, ~value}; /* the least complement is that of the greatest */
 
     meet(c, __func__, 0);
     CK(c, MPI_Allreduce(MPI_IN_PLACE, low, 2, MPI_UINT64_T, MPI_MIN, c->world));

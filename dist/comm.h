@@ -43,10 +43,15 @@ _Noreturn void sel_comm_die(const sel_comm *c, const char *where);
 /* [collective] */
 void sel_comm_barrier(sel_comm *c);
 void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root);
-void sel_comm_sum_doubles(sel_comm *c, double *x, int n);              /* in place, on all ranks */
+/* In place, element by element in the order of the ranks: the same bits on all ranks, NaN where any rank has NaN. */
+void sel_comm_sum_doubles(sel_comm *c, double *x, int n);
 void sel_comm_max_doubles(sel_comm *c, double *x, int n);
-void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);            /* in place, float32 */
-void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root);   /* all: [size][bytes] at root */
+
+/* In place, float32; the same bits run after run at the same number of ranks. */
+void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);
+
+/* `all` is [size][bytes] at root, not touched (may be NULL) elsewhere. */
+void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root);
 
 /* [collective] Whether every rank brought the same 64-bit value. */
 int sel_comm_same(sel_comm *c, uint64_t value);

@@ -6,10 +6,10 @@
 #include "core/base/clock.h"
 
 struct sel_reducer {
-    sel_comm *comm;     /* not owned */
-    float *grads;       /* [n], not owned */
+    sel_comm *comm; /* not owned */
+    float *grads;   /* [n], not owned */
     int64_t n;
-    int64_t ready;      /* floats announced since the last finish */
+    int64_t ready; /* floats announced since the last finish */
     double bytes, seconds;
 };
 
@@ -38,7 +38,7 @@ void sel_reducer_ready(sel_reducer *r, int64_t begin, int64_t end)
 {
     SEL_ASSERT(0 <= begin && begin <= end && end <= r->n);
     r->ready += end - begin;
-    SEL_ASSERT(r->ready <= r->n);   /* else a stretch was announced twice */
+    SEL_ASSERT(r->ready <= r->n); /* else a stretch was announced twice */
 }
 
 void sel_reducer_finish(sel_reducer *r)

@@ -9,13 +9,13 @@
 
 #include "ops/ops.h"
 
-void sel_ops_embed_init_c(sel_ops *ops);           /* embed_c.c */
-void sel_ops_norm_init_c(sel_ops *ops);            /* norm_c.c */
-void sel_ops_swiglu_init_c(sel_ops *ops);          /* swiglu_c.c */
-void sel_ops_cross_entropy_init_c(sel_ops *ops);   /* cross_entropy_c.c */
-void sel_ops_adamw_init_c(sel_ops *ops);           /* adamw_c.c */
-void sel_ops_attention_forward_init_c(sel_ops *ops);   /* attention_forward_c.c */
-void sel_ops_attention_backward_init_c(sel_ops *ops);   /* attention_backward_c.c */
+void sel_ops_embed_init_c(sel_ops *ops);                      /* embed_c.c */
+void sel_ops_norm_init_c(sel_ops *ops);                       /* norm_c.c */
+void sel_ops_swiglu_init_c(sel_ops *ops);                     /* swiglu_c.c */
+void sel_ops_cross_entropy_init_c(sel_ops *ops);              /* cross_entropy_c.c */
+void sel_ops_adamw_init_c(sel_ops *ops);                      /* adamw_c.c */
+void sel_ops_attention_forward_init_c(sel_ops *ops);          /* attention_forward_c.c */
+void sel_ops_attention_backward_init_c(sel_ops *ops);         /* attention_backward_c.c */
 
 void sel_ops_embed_init_avx2(sel_ops *ops);
 void sel_ops_norm_init_avx2(sel_ops *ops);

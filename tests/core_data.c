@@ -1,378 +1,18 @@
-/* core_data.c: tokenizer, documents, packing, corpora, sampling. */
+/* core_data.c: documents, packing, corpora, sampling. */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
-#include <limits.h>
 #include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/file.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
-#include <unistd.h>
-#include <zlib.h>
 
-#include "core/base/file.h"
-#include "core/base/rng.h"
 #include "core/data/corpus.h"
 #include "core/data/documents.h"
 #include "core/data/pack.h"
 #include "core/data/text.h"
-#include "core/data/tokenizer.h"
-#include "tests/check.h"
-
-static char folder[64] = "/tmp/selectra-data-XXXXXX";
-
-/* Paths in the test's folder, a few alive at a time. */
-static const char *in_folder(const char *name)
-{
-    static char paths[16][SEL_PATH_MAX];
-    static int next;
-    char *path = paths[next++ % 16];
-
-    snprintf(path, SEL_PATH_MAX, "%s/%s", folder, name);
-    return path;
-}
-
-static bool says(const char *part) { return strstr(sel_error(), part) != NULL; }
-
-/* The call fails so, and its line holds part. */
-#define CHECK_FAILS(call, status, part)                                                              \
-    do {                                                                                             \
-        const sel_status fails_rc_ = (call);                                                         \
-        CHECK(fails_rc_ == (status), "returned %d: %s", (int)fails_rc_, sel_error());                \
-        CHECK(says(part), "expected \"%s\" in: %s", (part), sel_error());                            \
-    } while (0)
-
-static void put(const char *path, const void *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
-    if (f) fclose(f);
-}
-
-static void put_text(const char *path, const char *text) { put(path, text, strlen(text)); }
-
-static void put_gz(const char *path, const char *text)
-{
-    gzFile f = gzopen(path, "wb");
-    CHECK(f && gzwrite(f, text, (unsigned)strlen(text)) == (int)strlen(text), "%s", path);
-    gzclose(f);
-}
-
-static uint32_t random_below(uint64_t i, uint32_t n)
-{
-    uint32_t r[4];
-    sel_philox(r, 7, 11, i);
-    return r[0] % n;
-}
-
-/* Words of a made-up language, so that a tokenizer finds pieces; *bytes of text, NUL-terminated. */
-static char *make_text(uint64_t seed, size_t bytes)
-{
-    static const char *const parts[] = {"ka", "lo", "mi", "ter", "san", "be", "ru", "th", "ing", "pol", "en", "du"};
-    char *text = malloc(bytes + 1);
-    size_t n = 0;
-    for (uint64_t i = seed << 32; n < bytes; i++) {
-        const uint32_t what = random_below(i, 40);
-        const char *s = what < 12 ? " " : what == 12 ? ".\n" : what == 13 ? ", " : parts[what % 12];
-        for (; *s && n < bytes; s++) text[n++] = *s;
-    }
-    text[n] = '\0';
-    return text;
-}
-
-/* --- text ------------------------------------------------------------------------------------------------- */
-
-static void test_text(void)
-{
-    static const struct { const char *text; size_t valid; } cases[] = {
-        {"", 0}, {"plain text of more than eight", 29}, {"\xc3\xa9", 2}, {"\xe2\x82\xac!", 4}, {"\xf0\x9f\x98\x80", 4},
-        {"a\xc0\x80", 1}, {"a\xed\xa0\x80", 1}, {"a\xf4\x90\x80\x80", 1}, {"ab\xe2\x82", 2}, {"\x80", 0},
-        {"\xe0\x80\x80", 0}, {"\xf0\x80\x80\x80", 0}, {"\xf8\x88\x80\x80\x80", 0}, {"12345678\xff", 8}, {"\xf4\x8f\xbf\xbf", 4},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        const size_t valid = sel_text_valid(cases[i].text, strlen(cases[i].text));
-        CHECK(valid == cases[i].valid, "case %zu: %zu, not %zu", i, valid, cases[i].valid);
-    }
-
-    const size_t n = 3 * SEL_TEXT_PART;
-    char *text = malloc(n);
-    memset(text, 'x', n);
-    CHECK(sel_text_cut(text, SEL_TEXT_PART) == SEL_TEXT_PART, "a whole part");
-    CHECK(sel_text_cut(text, n) == SEL_TEXT_PART, "nowhere to cut");
-    text[50000] = text[50001] = ' ';
-    CHECK(sel_text_cut(text, n) == 50000, "before the spaces");
-    text[40000] = '\n';
-    CHECK(sel_text_cut(text, n) == 40001, "after the line");
-    for (size_t i = 0; i + 2 < n; i += 3) memcpy(text + i, "\xe2\x82\xac", 3);
-    CHECK(sel_text_cut(text, n) == SEL_TEXT_PART - 1, "between characters");
-    for (size_t i = 0; i < n; i += 997) text[i] = i % 2 ? ' ' : '\n';
-    for (size_t bytes = SEL_TEXT_PART + 1; bytes < n; bytes = bytes * 5 / 4)
-        CHECK(sel_text_cut(text, bytes) == sel_text_cut(text, n), "the cut depends on %zu bytes", bytes);
-    free(text);
-}
-
-/* --- tokenizer -------------------------------------------------------------------------------------------- */
-
-typedef struct { const char *text; size_t bytes; int left; sel_status fail; } texts;
-
-static int next_text(void *ctx, const char **text, size_t *bytes)
-{
-    texts *t = ctx;
-    if (t->left-- <= 0) return t->fail;
-    *text = t->text;
-    *bytes = t->bytes;
-    return 1;
-}
-
-static sel_status train(const char *kind, int64_t vocab, const char *text, const char *output)
-{
-    texts t = {text, strlen(text), 1, SEL_OK};
-    const sel_tokenizer_options o = {.vocab = vocab, .kind = kind, .sample_bytes = 1 << 20, .seed = 1, .threads = 2};
-    return sel_tokenizer_train(&o, next_text, &t, output);
-}
-
-/* decode(encode(x)) = x; returns the number of ids. */
-static size_t check_round_trip(const sel_tokenizer *t, const char *text, size_t bytes, const char *what)
-{
-    int32_t *ids = NULL;
-    size_t n = 0, capacity = 0, back_bytes = 0;
-    char *back = NULL;
-
-    CHECK_OK(sel_tokenizer_encode(t, text, bytes, &ids, &n, &capacity));
-    for (size_t i = 0; i < n; i++)
-        if (ids[i] < 3 || ids[i] >= sel_tokenizer_size(t)) {
-            CHECK(false, "%s: id %d among the ids", what, ids[i]);
-            break;
-        }
-    CHECK_OK(sel_tokenizer_decode(t, ids, n, &back, &back_bytes));
-    CHECK(back && back_bytes == bytes && memcmp(back, text, bytes) == 0 && back[bytes] == '\0', "%s: %zu bytes came back "
-          "as %zu: \"%.60s\" as \"%.60s\"", what, bytes, back_bytes, text, back ? back : "");
-    free(back);
-    free(ids);
-    return n;
-}
-
-/* A character of any kind, UTF-8 into out; its length. */
-static size_t random_character(uint64_t i, char *out)
-{
-    static const uint32_t likely[] = {' ', ' ', '\n', '\t', '\r', 0, 0x2581, 0x2585, 0x2047, 0xfffd, 0xfeff, 0xa0, 0x3000};
-    const uint32_t kind = random_below(2 * i, 8), r = random_below(2 * i + 1, 1u << 30);
-    uint32_t c = kind < 3 ? likely[r % (sizeof likely / sizeof *likely)] : kind < 5 ? 'a' + r % 26 : kind < 6 ? r % 0x800
-                 : kind < 7 ? r % 0x10000 : r % 0x110000;
-    if (c >= 0xd800 && c < 0xe000) c = 0x1f600;
-
-    if (c < 0x80) return out[0] = (char)c, 1;
-    if (c < 0x800) return out[0] = (char)(0xc0 | c >> 6), out[1] = (char)(0x80 | (c & 63)), 2;
-    if (c < 0x10000) {
-        out[0] = (char)(0xe0 | c >> 12), out[1] = (char)(0x80 | (c >> 6 & 63)), out[2] = (char)(0x80 | (c & 63));
-        return 3;
-    }
-    out[0] = (char)(0xf0 | c >> 18), out[1] = (char)(0x80 | (c >> 12 & 63));
-    out[2] = (char)(0x80 | (c >> 6 & 63)), out[3] = (char)(0x80 | (c & 63));
-    return 4;
-}
-
-static void check_round_trips(const sel_tokenizer *t)
-{
-    static const char *const hard[] = {
-        "", " ", "   ", "\n", "\n\n\n", "\t\t", "a", " a", "a ", "  a  b  ", "line\nline\r\n", "<s>", "</s>", "<unk>", "<0x41>",
-        "x<s>y</s> <unk><0x0A>", "\xe2\x96\x81", " \xe2\x96\x81 \xe2\x96\x81\xe2\x96\x81", "a\xe2\x96\x81""b",
-        "\xe2\x96\x85 \xe2\x81\x87", "\xf0\x9f\x98\x80\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x92\xbb",
-        "\xe6\x97\xa5\xe6\x9c\xac\xe8\xaa\x9e", "\xef\xbb\xbf""bom", "\xe2\x96", "\xff\xfe bytes \xed\xa0\x80", "kalomi teren, san",
-    };
-    for (size_t i = 0; i < sizeof hard / sizeof *hard; i++) check_round_trip(t, hard[i], strlen(hard[i]), "hard text");
-    check_round_trip(t, "a\0b\0\0", 5, "NUL bytes");
-
-    char text[512];
-    for (uint64_t k = 0; k < 400; k++) {
-        size_t n = 0;
-        for (uint64_t i = 0; i < 1 + k % 100; i++) n += random_character(k * 1000 + i, text + n);
-        check_round_trip(t, text, n, "random text");
-    }
-    for (uint64_t k = 0; k < 100; k++) {   /* not UTF-8 */
-        for (uint64_t i = 0; i < 40; i++) text[i] = (char)random_below(k * 50 + i, 256);
-        check_round_trip(t, text, 40, "random bytes");
-    }
-
-    /* A long text is the sum of its parts. */
-    char *lengthy = make_text(3, 200000);
-    check_round_trip(t, lengthy, 200000, "long text");
-    int32_t *all = NULL, *part = NULL;
-    size_t n_all, n_part, capacity = 0, part_capacity = 0, sum = 0, parts = 0;
-    CHECK_OK(sel_tokenizer_encode(t, lengthy, 200000, &all, &n_all, &capacity));
-    for (size_t at = 0, cut; at < 200000; at += cut, parts++) {
-        cut = sel_text_cut(lengthy + at, 200000 - at);
-        CHECK_OK(sel_tokenizer_encode_part(t, lengthy + at, cut, at == 0, &part, &n_part, &part_capacity));
-        CHECK(sum + n_part <= n_all && memcmp(all + sum, part, n_part * sizeof *part) == 0, "part at %zu differs", at);
-        sum += n_part;
-    }
-    CHECK(sum == n_all && parts > 3, "%zu ids in %zu parts, %zu in the whole", sum, parts, n_all);
-    free(all);
-    free(part);
-    memset(lengthy, 'q', 200000);
-    check_round_trip(t, lengthy, 200000, "long text without a place to cut");
-    free(lengthy);
-}
-
-static void test_trained(const char *kind)
-{
-    char *text = make_text(1, 60000);
-    const char *path = in_folder("trained.model");
-    sel_tokenizer *t = NULL;
-
-    CHECK_OK(train(kind, 400, text, path));
-    CHECK_OK(sel_tokenizer_open(&t, path));
-    if (!t) return;
-    CHECK(sel_tokenizer_size(t) == 400 && sel_tokenizer_bos(t) == 1 && sel_tokenizer_eos(t) == 2, "%s: %lld pieces, %d, %d",
-          kind, (long long)sel_tokenizer_size(t), sel_tokenizer_bos(t), sel_tokenizer_eos(t));
-    check_round_trips(t);
-    CHECK(check_round_trip(t, "\n\n\n", 3, "newlines") == 3, "a newline costs more than one token");
-    const size_t n = check_round_trip(t, text, 60000, "its own text");
-    CHECK(n < 60000 / 2, "%s: %zu tokens for 60000 bytes", kind, n);
-
-    const int32_t outside[] = {5, 400};
-    char *back;
-    size_t bytes;
-    CHECK_FAILS(sel_tokenizer_decode(t, outside, 2, &back, &bytes), SEL_EUSER, "token id 400");
-    CHECK_FAILS(sel_tokenizer_decode(t, (const int32_t[]){-1}, 1, &back, &bytes), SEL_EUSER, "token id -1");
-    const int32_t marks[] = {1, 300, 2};
-    CHECK_OK(sel_tokenizer_decode(t, marks, 3, &back, &bytes));
-    CHECK(bytes > 0 && !strstr(back, "<s>") && !strstr(back, "</s>"), "BOS and EOS gave text: %s", back);
-    free(back);
-
-    uint32_t crc;
-    int64_t size;
-    size_t held;
-    sel_tokenizer_bytes(t, &held);
-    CHECK_OK(sel_file_crc32(path, &crc, &size));
-    CHECK(crc == sel_tokenizer_crc32(t) && size == (int64_t)held, "crc %08x of %zu bytes", sel_tokenizer_crc32(t), held);
-    sel_tokenizer_close(&t);
-    CHECK(t == NULL, "closed");
-    free(text);
-}
-
-static void test_training_errors(void)
-{
-    char *text = make_text(2, 3000), most[8];
-    const char *path = in_folder("refused.model");
-
-    CHECK_FAILS(train("unigram", 50000, text, path), SEL_EUSER, "50000 pieces is too large for this sample: at most ");
-    const char *number = strstr(sel_error(), "at most ");
-    snprintf(most, sizeof most, "%s", number ? number + strlen("at most ") : "0");
-    CHECK(!sel_path_exists(path), "a refused training left %s", path);
-    CHECK_OK(train("unigram", strtol(most, NULL, 10), text, path));   /* the number named is right */
-    CHECK_OK(train("unigram", 260, text, path));                    /* the least */
-    sel_tokenizer *t = NULL;
-    CHECK_OK(sel_tokenizer_open(&t, path));
-    if (t) check_round_trip(t, "kalo mi", 7, "bytes and the space alone");
-    sel_tokenizer_close(&t);
-
-    CHECK_FAILS(train("unigram", 259, text, path), SEL_EUSER, "expected 260");
-    CHECK_FAILS(train("words", 300, text, path), SEL_EUSER, "words");
-    CHECK_FAILS(train("unigram", 300, "", path), SEL_EUSER, "no text");
-    CHECK_FAILS(train("unigram", 300, "a\xff", path), SEL_EFILE, "UTF-8");
-    CHECK_FAILS(train("unigram", 300, text, "/nowhere/x.model"), SEL_EUSER, "/nowhere");
-    texts broken = {text, 3000, 2, SEL_EFILE};
-    const sel_tokenizer_options o = {.vocab = 300, .kind = "bpe", .sample_bytes = 9999, .threads = 1};
-    CHECK(sel_tokenizer_train(&o, next_text, &broken, path) == SEL_EFILE, "a failing source");
-    free(text);
-
-    /* Text that names the specials, an alphabet larger than the vocabulary, no white space at all. */
-    char strange[30000];
-    size_t n = 0;
-    for (uint32_t i = 0; n < sizeof strange - 40; i++) {
-        const uint32_t c = 0x4e00 + random_below(i, 900);
-        n += (size_t)sprintf(strange + n, "%c%c%c<0x41><s></s>", (int)(0xe0 | c >> 12), (int)(0x80 | (c >> 6 & 63)),
-                             (int)(0x80 | (c & 63)));
-    }
-    CHECK_OK(train("unigram", 330, strange, path));
-    CHECK_OK(sel_tokenizer_open(&t, path));
-    if (t) check_round_trips(t);
-    sel_tokenizer_close(&t);
-}
-
-/* A .model written by hand, field by field (protocol buffer), as another tool may give it. */
-typedef struct { char bytes[4 << 20]; size_t n; } message;
-
-static void put_field(message *m, int number, const char *block, size_t n)
-{
-    m->bytes[m->n++] = (char)(number << 3 | 2);
-    for (size_t v = n;; v >>= 7) {
-        m->bytes[m->n++] = (char)((v & 0x7f) | (v > 0x7f ? 0x80 : 0));
-        if (v <= 0x7f) break;
-    }
-    memcpy(m->bytes + m->n, block, n);
-    m->n += n;
-}
-
-static void put_piece(message *m, const char *piece, int type)
-{
-    char block[80];
-    const float score = -1.0f;
-    const int n = snprintf(block, sizeof block, "\x0a%c%s", (int)strlen(piece), piece);
-    size_t end = (size_t)n;
-    block[end++] = 0x15;
-    memcpy(block + end, &score, 4);
-    end += 4;
-    block[end++] = 0x18;
-    block[end++] = (char)type;
-    put_field(m, 1, block, end);
-}
-
-static void test_given_model(void)
-{
-    static message m;
-    const char *path = in_folder("given.model");
-    const char *const pieces[] = {"\xe2\x96\x81", "a", "b", "\xe2\x96\x81""ab"};
-    sel_tokenizer *t = NULL;
-    int32_t *ids = NULL;
-    size_t n, capacity = 0, bytes;
-    char *text;
-
-    m.n = 0;
-    put_piece(&m, "<unk>", 2);
-    put_piece(&m, "<s>", 3);
-    put_piece(&m, "</s>", 3);
-    for (size_t i = 0; i < 4; i++) put_piece(&m, pieces[i], 1);
-    const size_t pieces_end = m.n;
-    put_field(&m, 2, "\x18\x01", 2);                        /* trainer_spec: unigram */
-    put_field(&m, 3, "\x0a\x08identity\x18\x01\x20\x00", 14);   /* normalizer_spec: dummy prefix, nothing squeezed */
-    put(path, m.bytes, m.n);
-    CHECK_OK(sel_tokenizer_open(&t, path));
-    if (!t) return;
-
-    CHECK_OK(sel_tokenizer_encode(t, "ab zb", 5, &ids, &n, &capacity));
-    const int32_t expected[] = {6, 3, 0, 5};   /* "_ab", "_", unknown, "b" */
-    CHECK(n == 4 && memcmp(ids, expected, sizeof expected) == 0, "%zu ids, first %d", n, n ? ids[0] : -1);
-    CHECK_OK(sel_tokenizer_decode(t, ids, n, &text, &bytes));
-    CHECK(strcmp(text, "ab  \xe2\x81\x87 b") == 0, "\"%s\"", text);
-    free(text);
-    CHECK_FAILS(sel_tokenizer_encode(t, "a\xff", 2, &ids, &n, &capacity), SEL_EFILE, "not valid UTF-8");
-    const char *const kept[] = {"ab", " ab", "  ab ", "b a  ab", " "};
-    for (size_t i = 0; i < 5; i++) check_round_trip(t, kept[i], strlen(kept[i]), "dummy prefix");
-    char *lengthy = malloc(150000);
-    for (size_t i = 0; i < 150000; i++) lengthy[i] = "ab ba"[i % 5];
-    check_round_trip(t, lengthy, 150000, "dummy prefix once, in a long text");
-    free(lengthy);
-    sel_tokenizer_close(&t);
-
-    /* Cut off in the middle, between two pieces, and no model at all. */
-    put(path, m.bytes, m.n - 5);
-    CHECK_FAILS(sel_tokenizer_open(&t, path), SEL_EFILE, "given.model");
-    put(path, m.bytes, pieces_end);
-    CHECK_FAILS(sel_tokenizer_open(&t, path), SEL_EFILE, "cut off");
-    put_text(path, "this is no model");
-    CHECK_FAILS(sel_tokenizer_open(&t, path), SEL_EFILE, "not a SentencePiece model");
-    put_text(path, "");
-    CHECK_FAILS(sel_tokenizer_open(&t, path), SEL_EFILE, "not a SentencePiece model");
-    CHECK_FAILS(sel_tokenizer_open(&t, in_folder("missing.model")), SEL_EUSER, "missing.model");
-    free(ids);
-}
+#include "tests/data.h"
 
 /* --- documents -------------------------------------------------------------------------------------------- */
 
@@ -403,7 +43,8 @@ static void test_documents(void)
 
     put_text(all[0], "one\ntwo\n");
     put_gz(all[1], "three\r\n\r\nfour");
-    put_text(all[2], "{\"text\": \"five\\u0000\\n\", \"n\": 123456789012345678901234567890}\n\n  \n{\"text\":\"\"}\n{\"text\":\"six\"}");
+    put_text(all[2], "{\"text\": \"five\\u0000\\n\", \"n\": 123456789012345678901234567890}\n\n  \n{\"text\":\"\"}\n"
+                     "{\"text\":\"six\"}");
     put_gz(all[3], "\xef\xbb\xbf{\"url\":\"x\",\"text\":\"se\\u00e9ven\"}\r\n");
     put_text(all[4], "");
     put_gz(all[5], "eight");   /* gzip by content */
@@ -476,7 +117,8 @@ static void test_documents(void)
             if (document % 700 == 0) CHECK_OK(sel_documents_seek(d, file, number));
             CHECK_OK(sel_documents_next(d, &got, &bytes));
             const size_t n = (size_t)(strchr(line, '\n') - line);
-            CHECK(got && bytes == n && memcmp(got, line, n) == 0, "document %d has %zu bytes, not %zu", document, bytes, n);
+            CHECK(got && bytes == n && memcmp(got, line, n) == 0, "document %d has %zu bytes, not %zu", document, bytes,
+                  n);
             if (!got) break;
             for (line += n; *line == '\n'; line++) {}
         }
@@ -489,7 +131,8 @@ static void test_documents(void)
         sel_documents_close(&d);
     }
     CHECK_OK(join(&lengthy, 1, &files, out));
-    CHECK(strlen(out) > 300000 + SEL_TEXT_PART && strstr(out, text + 100000), "a long file came back as %zu bytes", strlen(out));
+    CHECK(strlen(out) > 300000 + SEL_TEXT_PART && strstr(out, text + 100000), "a long file came back as %zu bytes",
+          strlen(out));
     free(text);
 }
 
@@ -524,6 +167,7 @@ static void make_inputs(void)
     model_path = strdup(in_folder("pack.model"));
     CHECK_OK(train("unigram", 400, text, model_path));
     CHECK_OK(sel_tokenizer_open(&tokenizer, model_path));
+    CHECK_OK(train("bpe", 300, text, in_folder("other.model")));
     free(text);
 }
 
@@ -602,8 +246,8 @@ static int shards_of(const char *dir)
     return n;
 }
 
-/* Packs in a child: killed after some microseconds (0: left alone), files limited to some bytes (0: not).  Its exit status,
-   or -1 when it was killed. */
+/* Packs in a child: killed after some microseconds (0: left alone), files limited to some bytes (0: not).  Its exit
+   status, or -1 when it was killed. */
 static int pack_in_child(const char *output, int threads, int64_t shard_tokens, useconds_t kill_after, rlim_t largest)
 {
     const pid_t child = fork();
@@ -644,7 +288,8 @@ static void test_pack(void)
     for (int round = 0; round < 3; round++) {
         CHECK_OK(sel_remove_tree(again));
         for (int attempt = 0; attempt < 200; attempt++) {
-            const useconds_t wait = 500 + random_below((uint64_t)(round * 1000 + attempt), 20000 + 3000 * (uint32_t)attempt);
+            const uint32_t longest = 20000 + 3000 * (uint32_t)attempt;
+            const useconds_t wait = 500 + random_below((uint64_t)(round * 1000 + attempt), longest);
             if (pack_in_child(again, 1 + attempt % 3, shard, wait, 0) == 0) break;
             killed++;
             resumed += sel_path_exists(in_folder("again/shard-00000.bin"));
@@ -666,7 +311,7 @@ static void test_pack(void)
     CHECK_FAILS(pack_to(again, tokenizer, 3, 1, shard), SEL_EUSER, "other inputs (number 2: ");
     inputs[1] = held;
     sel_tokenizer *other = NULL;
-    CHECK_OK(sel_tokenizer_open(&other, in_folder("trained.model")));
+    CHECK_OK(sel_tokenizer_open(&other, in_folder("other.model")));
     if (other) CHECK_FAILS(pack_to(again, other, 3, 1, shard), SEL_EUSER, "another tokenizer");
     sel_tokenizer_close(&other);
     const int lock = open(again, O_RDONLY | O_DIRECTORY);
@@ -747,7 +392,8 @@ static void test_windows(void)
     }
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
         const int64_t N = sizes[k], windows = sel_corpus_windows(c, N), tail = sel_corpus_tail(c, N);
-        CHECK(windows * N + tail == T && tail < N, "N %" PRId64 ": %" PRId64 " windows, tail %" PRId64, N, windows, tail);
+        CHECK(windows * N + tail == T && tail < N, "N %" PRId64 ": %" PRId64 " windows, tail %" PRId64, N, windows,
+              tail);
         int64_t wrong = 0;
         for (int64_t w = 0; w <= windows; w++) {
             const int64_t n = sel_corpus_window(c, N, w, out);
@@ -830,8 +476,9 @@ static void test_damage(void)
     uint32_t crc;
     int64_t size;
     CHECK_OK(sel_file_crc32(path, &crc, &size));
-    CHECK(c && crc == sel_corpus_crc32(c) && sel_corpus_tokenizer_crc32(c) == sel_tokenizer_crc32(tokenizer), "checksums");
-    CHECK(c && strcmp(sel_corpus_dir(c), dir) == 0 && sel_corpus_vocab(c) == 400 && sel_corpus_eos(c) == 2, "its values");
+    CHECK(c && crc == sel_corpus_crc32(c), "the index's checksum");
+    CHECK(c && sel_corpus_tokenizer_crc32(c) == sel_tokenizer_crc32(tokenizer), "the tokenizer's checksum");
+    CHECK(c && strcmp(sel_corpus_dir(c), dir) == 0 && sel_corpus_vocab(c) == 400 && sel_corpus_eos(c) == 2, "values");
     sel_corpus_close(&c);
     CHECK_FAILS(sel_corpus_open(&c, in_folder("nowhere")), SEL_EUSER, "nowhere");
     CHECK_FAILS(sel_corpus_open(&c, folder), SEL_EUSER, "no index.json");
@@ -842,7 +489,8 @@ static void test_damage(void)
 /* Every window exactly once an epoch, whatever the batch; epochs and seeds in other orders. */
 static void test_sampler(void)
 {
-    static const struct { int64_t windows, batch; } cases[] = {{1, 1}, {1, 4}, {7, 3}, {64, 8}, {1000, 7}, {1000, 1000}, {5, 16}};
+    static const struct { int64_t windows, batch; } cases[] = {{1, 1}, {1, 4}, {7, 3}, {64, 8}, {1000, 7}, {1000, 1000},
+                                                               {5, 16}};
 
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
         const int64_t W = cases[k].windows, B = cases[k].batch;
@@ -866,22 +514,15 @@ static void test_sampler(void)
     for (int64_t i = 0; i < 500; i++) {
         differ += sel_sample_window(5, 1, i, 500, 500) != sel_sample_window(6, 1, i, 500, 500);
         in_order += sel_sample_window(5, 1, i, 500, 500) == i;
-        CHECK(sel_sample_window(5, 1, i, 500, 500) == sel_sample_window(5, i / 10 + 1, i % 10, 10, 500), "batch matters");
+        CHECK(sel_sample_window(5, 1, i, 500, 500) == sel_sample_window(5, i / 10 + 1, i % 10, 10, 500),
+              "the batch's size matters at sample %" PRId64, i);
     }
     CHECK(differ > 400 && in_order < 50, "%d differ between seeds, %d stay in place", differ, in_order);
 }
 
 int main(void)
 {
-    if (!mkdtemp(folder)) {
-        perror(folder);
-        return EXIT_FAILURE;
-    }
-    test_text();
-    test_trained("bpe");
-    test_trained("unigram");
-    test_training_errors();
-    test_given_model();
+    make_folder();
     test_documents();
     make_inputs();
     if (tokenizer) {

@@ -11,7 +11,8 @@ static void test_init(void)
     for (int size = 1; size <= 9; size++) {
         for (int rank = 0; rank < size; rank++) {
             CHECK_OK(sel_mesh_init(&m, rank, size, 0, 1));
-            CHECK(m.data == size && m.sequence == 1 && m.data_rank == rank && m.sequence_rank == 0, "size %d rank %d", size, rank);
+            CHECK(m.data == size && m.sequence == 1 && m.data_rank == rank && m.sequence_rank == 0, "size %d rank %d",
+                  size, rank);
             CHECK_OK(sel_mesh_init(&m, rank, size, size, 1));
             CHECK(m.data == size && m.data_rank == rank, "size %d rank %d", size, rank);
         }
@@ -41,7 +42,8 @@ static void test_samples(void)
                 CHECK(first == next && count == batch / size, "batch %lld rank %d of %d", (long long)batch, rank, size);
                 next = first + count;
             }
-            CHECK(next == (batch % size ? 0 : batch), "batch %lld over %d ends at %lld", (long long)batch, size, (long long)next);
+            CHECK(next == (batch % size ? 0 : batch), "batch %lld over %d ends at %lld", (long long)batch, size,
+                  (long long)next);
         }
     }
 
@@ -65,8 +67,10 @@ static void test_share(void)
                 int64_t begin, end;
                 sel_mesh_share(sizes[i], rank, size, &begin, &end);
                 const int64_t n = end - begin;
-                CHECK(begin == next, "%lld bytes, rank %d of %d begins at %lld", (long long)sizes[i], rank, size, (long long)begin);
-                CHECK(n == sizes[i] / size || n == sizes[i] / size + 1, "rank %d of %d has %lld", rank, size, (long long)n);
+                CHECK(begin == next, "%lld bytes, rank %d of %d begins at %lld", (long long)sizes[i], rank, size,
+                      (long long)begin);
+                CHECK(n == sizes[i] / size || n == sizes[i] / size + 1, "rank %d of %d has %lld", rank, size,
+                      (long long)n);
                 next = end;
             }
             CHECK(next == sizes[i], "%lld bytes over %d end at %lld", (long long)sizes[i], size, (long long)next);

@@ -19,7 +19,7 @@ pass() { checks=$((checks + 1)); }
 fail() { checks=$((checks + 1)) failures=$((failures + 1)); echo "FAILED: $*"; }
 
 # check WHAT COMMAND...: the command must succeed.
-check() { if "${@:2}" >check.out 2>&1; then pass; else fail "$1"; tail -5 check.out; fi }
+check() { if "${@:2}" >check.out 2>&1; then pass; else fail "$1"; tail -n 5 check.out; fi }
 
 verdict() {
     echo "$checks checks, $failures failed"
@@ -40,12 +40,12 @@ expect() {
     "${@:2}" >out 2>err || got=$?
     if [ $got -eq "$1" ]; then pass; return 0; fi
     fail "status $got, expected $1: ${*:2}"
-    tail -5 out err
+    tail -n 5 out err
     return 1
 }
 
 # said PATTERN: stderr of the last `expect` has a line like it (extended regular expression).
-said() { if grep -qE -- "$1" err; then pass; else fail "not said on stderr: $1"; tail -5 err; fi }
+said() { if grep -qE -- "$1" err; then pass; else fail "not said on stderr: $1"; tail -n 5 err; fi }
 
 # ---- a corpus that can be learnt: sentences of a small grammar, in which a noun brings its own adjectives and verbs
 
@@ -89,7 +89,7 @@ prepare() {
     expect 0 selectra data pack --tokenizer tokenizer.model --output valid valid.jsonl || verdict
 }
 
-# The arguments of a training run on it: train RUN [key=value...], to be put after `selectra` or `ranks R`.
+# train RUN [key=value...]: makes the arguments of a training run on it, to be put after `selectra` or `ranks R`.
 train() {
     arguments=(train "$SOURCE/configs/tiny.yaml" run.dir="$1" data.train=train data.validation=valid
                compute.threads=1 "${@:2}")
@@ -145,7 +145,7 @@ ended() {
     job=
     if [ "$1" = fail ] && [ $status -ne 0 ] || [ "$1" = "$status" ]; then pass; return 0; fi
     fail "the job ended with status $status, expected $1"
-    tail -5 out err
+    tail -n 5 out err
     return 1
 }
 

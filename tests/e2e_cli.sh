@@ -63,7 +63,7 @@ check "the windows are the stream's, after BOS" test ! -e differs
 expect 0 selectra inspect run --json
 check "2 layers have 22 tensors, 26 in all" test "$(grep -c '"name"' out)" -eq 26
 for name in tok_embed.weight pos_embed.weight final_norm.weight lm_head.weight layers.1.attn.q_norm.weight \
-            layers.0.attn.k_proj.weight layers.1.mlp.down_proj.weight; do
+            layers.0.attn.k_proj.weight layers.1.ffn.down_proj.weight; do
     check "inspect lists $name" grep -q "\"$name\"" out
 done
 check "the step" test "$(number step out)" -eq 40

@@ -13,7 +13,7 @@ fault() {
     train "$run"
     SELECTRA_FAULT=$1 start 2 "${arguments[@]}"
     ended "$2" 20 && said "$3"
-    check "$1: no process is left" test -z "$(grep -lsa "run.dir=$run" /proc/[0-9]*/cmdline)"
+    check "$1: no process is left" test -z "$(grep -lsa "run[.]dir=$run" /proc/[0-9]*/cmdline)"
     expect 0 ranks 2 "${arguments[@]}"
     check "$1: the run goes on" grep -q 'resuming from step' out
     same_state straight "$run" 60

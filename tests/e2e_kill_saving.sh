@@ -20,7 +20,7 @@ for ((kills = 1; kills <= 30; kills++)); do
     # The first start may be hit before anything is there; the others once they have gone on.
     if [ $kills -gt 1 ] && ! wait_step killed $((before + 1)); then
         fail "start $kills did not go on from step $before"
-        tail -5 out err
+        tail -n 5 out err
     fi
     sleep "$(printf '0.%03d' $((RANDOM % 1000)))"
     rank=$(one_rank $((RANDOM % 2)))

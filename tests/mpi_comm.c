@@ -145,7 +145,8 @@ static void test_doubles(void)
     sel_comm_max_doubles(comm, y, N);
     for (int i = 0; i < N; i++) {
         double most = -INFINITY;
-        for (int r = 0; r < size; r++) most = fmax(most, sel_rng_uniform(5, (uint64_t)r, (uint64_t)i) * exp((double)(i % 60)));
+        for (int r = 0; r < size; r++)
+            most = fmax(most, sel_rng_uniform(5, (uint64_t)r, (uint64_t)i) * exp((double)(i % 60)));
         CHECK(memcmp(&most, &y[i], sizeof most) == 0, "max %d: %.17g, should be %.17g", i, y[i], most);
     }
 
@@ -161,7 +162,10 @@ static void test_doubles(void)
 }
 
 /* Small dyadic numbers: any order of additions is exact. */
-static float exact(int r, int64_t i) { return (float)((i * 7 + r * 13) % 64 - 31) / 8; }
+static float exact(int r, int64_t i)
+{
+    return (float)((i * 7 + r * 13) % 64 - 31) / 8;
+}
 
 static void test_sum_exact(void)
 {

@@ -69,8 +69,8 @@ static sel_status find_newest(sel_manifest *m, const char *dir, void (*warn)(voi
     }
     free(steps);
     if (rc != SEL_EFILE) return rc;
-    return sel_fail(SEL_EFILE, "%s: none of its %d checkpoint%s is intact; the newest: %.700s", dir, n, n == 1 ? "" : "s",
-                    newest);
+    return sel_fail(SEL_EFILE, "%s: none of its %d checkpoint%s is intact; the newest: %.700s", dir, n,
+                    n == 1 ? "" : "s", newest);
 }
 
 /* The step that a step folder's name says, also through a link such as `latest`; -1: not such a name. */

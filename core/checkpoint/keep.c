@@ -70,7 +70,7 @@ static sel_status compare_all(const file_list *list, const uint32_t *crcs, int s
 
     for (int i = 0; i < list->n; i++) {
         const sel_step_file *file = &list->files[i];
-        uLong crc = 0;   /* of nothing */
+        uLong crc = 0; /* of nothing */
         for (int share = 0; share < size; share++) {
             const int reader = (share + size - 1) % size;
             share_to_read(file, reader, size, &begin, &end);
@@ -201,13 +201,13 @@ sel_status sel_keep_newest(sel_comm *c, const char *dir, int64_t step, int64_t k
     if (keep <= 0) return SEL_OK;
     SEL_TRY(list_older(c, dir, step, &older, &n));
     rc = SEL_OK;
-    if (n < keep) n = 0;   /* nothing is too many, so nothing has to be read */
+    if (n < keep) n = 0; /* nothing is too many, so nothing has to be read */
     for (int i = 0; i < n && rc == SEL_OK; i++) {
         sel_step_name(name, older[i]);
         rc = sel_comm_agree(c, sel_path_join(folder, dir, name));
         if (rc != SEL_OK) break;
         if (kept < keep)
-            kept += sel_keep_verify(c, folder) == SEL_OK;   /* not intact: stays, and does not count */
+            kept += sel_keep_verify(c, folder) == SEL_OK; /* not intact: stays, and does not count */
         else
             rc = sel_comm_agree(c, sel_comm_rank(c) == 0 ? remove_step(dir, folder) : SEL_OK);
     }

@@ -45,7 +45,7 @@ static sel_status match(const sel_st_index *want, sel_st_index *has, const sel_s
         if (!found[i]) return sel_fail(SEL_EFILE, "%s: tensor %s is missing", path, e->name);
         if (!same_shape(found[i], e)) return wrong_shape(path, found[i], e);
     }
-    if (has->n == want->n) return SEL_OK;   /* names in a file differ, so there is nothing else in it */
+    if (has->n == want->n) return SEL_OK; /* names in a file differ, so there is nothing else in it */
 
     for (int k = 0; k < has->n; k++) {
         bool wanted = false;

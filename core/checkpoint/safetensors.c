@@ -14,7 +14,7 @@
 #include "core/base/file.h"
 
 #define ALIGNMENT 64
-#define MAX_JSON 100000000   /* the limit of the format's own library */
+#define MAX_JSON 100000000 /* the limit of the format's own library */
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "arrays go to the file as they are in memory");
 
@@ -141,7 +141,7 @@ static int by_place(const void *a, const void *b)
     const sel_st_entry *x = a, *y = b;
 
     if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
-    return (x->end > y->end) - (x->end < y->end);   /* empty tensors first */
+    return (x->end > y->end) - (x->end < y->end); /* empty tensors first */
 }
 
 /* Fills ix from the parsed header; data_bytes is what the file holds after it. */
@@ -153,7 +153,8 @@ static sel_status parse_header(sel_st_index *ix, json_t *root, const char *path)
     if (!json_is_object(root)) return sel_fail(SEL_EFILE, "%s: the header is no JSON object", path);
     ix->entries = calloc(json_object_size(root) + 1, sizeof *ix->entries);
     if (!ix->entries) return sel_fail(SEL_ENOMEM, "%s: out of memory for the header", path);
-    json_object_foreach(root, name, value) {
+    json_object_foreach(root, name, value)
+    {
         if (strcmp(name, "__metadata__") == 0) continue;
         SEL_TRY(parse_entry(&ix->entries[ix->n], name, value, path));
         ix->n++;

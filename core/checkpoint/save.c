@@ -19,16 +19,16 @@
 #include "core/checkpoint/stepdir.h"
 #include "dist/mesh.h"
 
-#define PIECE_BYTES ((size_t)4 << 20)   /* checksummed and written while in cache */
+#define PIECE_BYTES ((size_t)4 << 20) /* checksummed and written while in cache */
 
 /* One of the two files that all ranks write. */
 typedef struct {
     char path[SEL_PATH_MAX];
     sel_st_index ix;
-    char *header;            /* owned */
+    char *header; /* owned */
     size_t header_bytes;
-    const float *arrays[2];  /* those that its prefixes stand for */
-    uint32_t crc32;          /* of this rank's share of the data */
+    const float *arrays[2]; /* those that its prefixes stand for */
+    uint32_t crc32;         /* of this rank's share of the data */
 } shared_file;
 
 typedef struct {
@@ -186,7 +186,7 @@ static sel_status write_manifest(const saving *s)
             const uLong crc = crc32_z(0, (const Bytef *)s->info->tokenizer, s->info->tokenizer_bytes);
             files[n++] = (sel_step_file){SEL_STEP_TOKENIZER, (int64_t)s->info->tokenizer_bytes, (uint32_t)crc};
         }
-        if (s->rank == 0) rc = sel_step_write_manifest(s->tmp, s->info, files, n);   /* fsyncs the folder too */
+        if (s->rank == 0) rc = sel_step_write_manifest(s->tmp, s->info, files, n); /* fsyncs the folder too */
         rc = sel_comm_agree(s->comm, rc);
     }
     free(all);
@@ -224,7 +224,8 @@ static void free_file(shared_file *f)
 sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *layout, const sel_checkpoint_info *info,
                                const float *params, const float *exp_avg, const float *exp_avg_sq, int64_t keep)
 {
-    saving s = {.comm = c, .rank = sel_comm_rank(c), .size = sel_comm_size(c), .dir = dir, .layout = layout, .info = info};
+    saving s = {
+        .comm = c, .rank = sel_comm_rank(c), .size = sel_comm_size(c), .dir = dir, .layout = layout, .info = info};
 
     s.model.arrays[0] = params;
     s.optimizer.arrays[0] = exp_avg;

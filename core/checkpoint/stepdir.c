@@ -63,7 +63,8 @@ sel_status sel_step_list(const char *dir, int64_t **steps, int *n)
     *steps = NULL;
     *n = 0;
     DIR *d = opendir(dir);
-    if (!d) return sel_fail(errno == ENOENT ? SEL_EUSER : SEL_EIO, "%s: cannot read the folder: %s", dir, strerror(errno));
+    if (!d)
+        return sel_fail(errno == ENOENT ? SEL_EUSER : SEL_EIO, "%s: cannot read the folder: %s", dir, strerror(errno));
     for (;;) {
         errno = 0;
         const struct dirent *entry = readdir(d);
@@ -120,7 +121,8 @@ static sel_status object_crc32(const json_t *object, uint32_t *crc)
     return SEL_OK;
 }
 
-sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info *info, const sel_step_file *files, int n)
+sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info *info, const sel_step_file *files,
+                                   int n)
 {
     char path[SEL_PATH_MAX];
     json_t *list = json_array();
@@ -130,15 +132,16 @@ sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info
         json_array_append_new(list, json_pack("{s:s, s:I, s:o, s:s}", "name", files[i].name, "bytes",
                                               (json_int_t)files[i].bytes, "checksum", hex(files[i].crc32),
                                               "checksum_kind", "crc32"));
-    json_t *root = json_pack("{s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:[]}", "format", FORMAT, "step",
-                             (json_int_t)info->step, "tokens", (json_int_t)info->tokens, "config", info->config, "files",
-                             list, "corpus", named_by_crc(info->corpus_crc32), "tokenizer",
-                             named_by_crc(info->tokenizer_crc32), "skipped");
+    json_t *root =
+        json_pack("{s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:[]}", "format", FORMAT, "step", (json_int_t)info->step,
+                  "tokens", (json_int_t)info->tokens, "config", info->config, "files", list, "corpus",
+                  named_by_crc(info->corpus_crc32), "tokenizer", named_by_crc(info->tokenizer_crc32), "skipped");
     if (!root) return sel_fail(SEL_EUSER, "%s: the settings cannot be saved: they are not UTF-8", folder);
 
     char *text = NULL;
     sel_status rc = object_crc32(root, &crc);
-    if (rc == SEL_OK && json_object_set_new(root, "manifest_crc32", hex(crc)) == 0) text = json_dumps(root, JSON_INDENT(2));
+    if (rc == SEL_OK && json_object_set_new(root, "manifest_crc32", hex(crc)) == 0)
+        text = json_dumps(root, JSON_INDENT(2));
     if (rc == SEL_OK && !text) rc = sel_fail(SEL_ENOMEM, "out of memory for a manifest");
     if (rc == SEL_OK) rc = sel_path_join(path, folder, SEL_STEP_MANIFEST);
     if (rc == SEL_OK) rc = sel_write_file(path, text, strlen(text));
@@ -231,7 +234,8 @@ static sel_status parse_manifest(sel_manifest *m, sel_step_file *files, int *n, 
     if (json_unpack_ex(root, &why, 0, "{s:I, s:I, s:s, s:o, s:o, s:o}", "step", &step, "tokens", &tokens, "config",
                        &config, "files", &list, "corpus", &corpus, "tokenizer", &tokenizer) != 0)
         return sel_fail(SEL_EFILE, "%s: %s", path, why.text);
-    if (step < 0 || tokens < 0 || !parse_named(corpus, &m->corpus_crc32) || !parse_named(tokenizer, &m->tokenizer_crc32))
+    if (step < 0 || tokens < 0 || !parse_named(corpus, &m->corpus_crc32) ||
+        !parse_named(tokenizer, &m->tokenizer_crc32))
         return sel_fail(SEL_EFILE, "%s: step, tokens, corpus or tokenizer is damaged", path);
     if (!json_is_array(list) || json_array_size(list) > SEL_STEP_FILES)
         return sel_fail(SEL_EFILE, "%s: files is no list of at most %d files", path, SEL_STEP_FILES);
@@ -268,7 +272,7 @@ sel_status sel_step_read_manifest(sel_manifest *m, sel_step_file files[SEL_STEP_
         sel_manifest_free(m);
         return rc;
     }
-    snprintf(m->path, sizeof m->path, "%s", folder);   /* fits: path was longer */
+    snprintf(m->path, sizeof m->path, "%s", folder); /* fits: path was longer */
     return SEL_OK;
 }
 
@@ -312,6 +316,6 @@ sel_status sel_step_crc32(const char *folder, const sel_step_file *file, int64_t
 sel_status sel_step_compare(const char *folder, const sel_step_file *file, uint32_t crc)
 {
     if (crc == file->crc32) return SEL_OK;
-    return sel_fail(SEL_EFILE, "%s/%s: checksum differs (manifest %08" PRIx32 ", file %08" PRIx32 ")", folder, file->name,
-                    file->crc32, crc);
+    return sel_fail(SEL_EFILE, "%s/%s: checksum differs (manifest %08" PRIx32 ", file %08" PRIx32 ")", folder,
+                    file->name, file->crc32, crc);
 }

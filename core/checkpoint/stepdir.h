@@ -31,8 +31,10 @@ int64_t sel_step_of_name(const char *name);
 /* The steps that have a folder in dir, newest first; *steps is freed by the caller with free. */
 sel_status sel_step_list(const char *dir, int64_t **steps, int *n);
 
-/* Writes FOLDER/manifest.json durably.  It carries a checksum of itself, or a flipped bit in its settings would pass. */
-sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info *info, const sel_step_file *files, int n);
+/* Writes FOLDER/manifest.json durably.  It carries a checksum of itself, or a flipped bit in its settings would
+   pass. */
+sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info *info, const sel_step_file *files,
+                                   int n);
 
 /* Reads and checks it; m->path is the folder.  SEL_EFILE, naming the file, when it is missing or damaged. */
 sel_status sel_step_read_manifest(sel_manifest *m, sel_step_file files[SEL_STEP_FILES], int *n, const char *folder);

@@ -369,6 +369,7 @@ sel_status sel_documents_open(sel_documents **out, const char *const *paths, int
     d->inputs = calloc((size_t)n_paths, sizeof *d->inputs);
     d->n_inputs = n_paths;
     if (!d->field || !d->inputs) rc = sel_fail(SEL_ENOMEM, "no memory for a list of %d inputs", n_paths);
+    if (rc == SEL_OK) rc = reserve(&d->buffer, &d->capacity, READ_BYTES);
     for (int i = 0; i < n_paths && rc == SEL_OK; i++) {
         d->inputs[i].path = strdup(paths[i]);
         rc = d->inputs[i].path ? check_input(&d->inputs[i]) : sel_fail(SEL_ENOMEM, "no memory for a path");

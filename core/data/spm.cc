@@ -464,8 +464,8 @@ std::vector<bool> choose_alphabet(const std::vector<std::string> &lines, int64_t
     return keep;
 }
 
-/* Cuts the lines at characters that are no pieces, so that no piece is learned across them.  Every character that is one
-   comes once by itself too: the space must be there, and SentencePiece does not see those inside of "<s>" and the like. */
+/* Cuts the lines at characters that are no pieces, so that no piece is learned across them.  Every character that is
+   one comes once by itself too: the space must be there, and SentencePiece does not look inside "<s>" and the like. */
 std::vector<std::string> split_at_others(const std::vector<std::string> &lines, const std::vector<bool> &keep)
 {
     std::vector<std::string> sentences;

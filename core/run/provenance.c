@@ -53,8 +53,8 @@ static json_t *list(const char *names)
 /* Settings of the environment that change how a job runs.  Slurm may put credentials beside its own. */
 static bool matters(const char *setting)
 {
-    static const char *const prefixes[] = {"OMP_",  "OMPI_MCA_", "GOMP_",     "KMP_",  "I_MPI_", "SLURM_",
-                                           "SELECTRA_", "OPENBLAS_", "DNNL_", "ONEDNN_"};
+    static const char *const prefixes[] = {"OMP_",   "OMPI_MCA_", "GOMP_",     "KMP_",  "I_MPI_",
+                                           "SLURM_", "SELECTRA_", "OPENBLAS_", "DNNL_", "ONEDNN_"};
     static const char *const secrets[] = {"JWT", "TOKEN", "SECRET", "PASS", "KEY", "CRED"};
     const size_t name = strcspn(setting, "=");
     bool found = false;
@@ -98,12 +98,12 @@ static json_t *make_entry(const sel_provenance *p)
     }
     return json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
                      "time", now, "program", text(p->program), "commit", text(p->commit), "compiler", text(p->compiler),
-                     "build", text(p->build), "command", text(p->command), "libraries", libraries,
-                     "ranks", p->ranks, "threads", p->threads, "hosts", p->hosts, "host_names", list(p->host_names),
-                     "processor", text(p->cpu), "processor_level", text(p->cpu_level), "kernel", text(kernel),
-                     "environment", environment(), "seed", seed,
-                     "resumed_from", p->resumed_from < 0 ? json_null() : json_integer(p->resumed_from),
-                     "corpus_crc32", hash(p->corpus_crc32), "tokenizer_crc32", hash(p->tokenizer_crc32));
+                     "build", text(p->build), "command", text(p->command), "libraries", libraries, "ranks", p->ranks,
+                     "threads", p->threads, "hosts", p->hosts, "host_names", list(p->host_names), "processor",
+                     text(p->cpu), "processor_level", text(p->cpu_level), "kernel", text(kernel), "environment",
+                     environment(), "seed", seed, "resumed_from",
+                     p->resumed_from < 0 ? json_null() : json_integer(p->resumed_from), "corpus_crc32",
+                     hash(p->corpus_crc32), "tokenizer_crc32", hash(p->tokenizer_crc32));
 }
 
 /* The entries so far.  A damaged file is kept as provenance.json.damaged, and a new one begun. */
@@ -139,8 +139,8 @@ sel_status sel_run_provenance(sel_run *r, const sel_provenance *p)
     SEL_TRY(sel_path_join(path, sel_run_dir(r), "provenance.json"));
     SEL_TRY(read_entries(&entries, path));
     if (json_array_append_new(entries, make_entry(p)) == 0) data = json_dumps(entries, JSON_INDENT(2));
-    const sel_status rc = data ? sel_write_file(path, data, strlen(data))
-                               : sel_fail(SEL_ENOMEM, "out of memory for %s", path);
+    const sel_status rc =
+        data ? sel_write_file(path, data, strlen(data)) : sel_fail(SEL_ENOMEM, "out of memory for %s", path);
     free(data);
     json_decref(entries);
     return rc;

@@ -16,7 +16,7 @@
 
 struct sel_run {
     char dir[SEL_PATH_MAX], metrics[SEL_PATH_MAX];
-    int lock_fd, metrics_fd;   /* metrics_fd: -1 until the first row */
+    int lock_fd, metrics_fd; /* metrics_fd: -1 until the first row */
 };
 
 static sel_status fail_errno(const char *path, const char *doing)
@@ -67,7 +67,7 @@ sel_status sel_run_open(sel_run **out, const char *dir)
     sel_status rc = sel_make_dirs(dir);
     if (rc == SEL_OK) rc = sel_path_join(r->metrics, dir, "metrics.jsonl");
     if (rc == SEL_OK) {
-        memcpy(r->dir, dir, strlen(dir) + 1);   /* fits, since the longer path did */
+        memcpy(r->dir, dir, strlen(dir) + 1); /* fits, since the longer path did */
         rc = take_lock(r);
     }
     if (rc != SEL_OK) {
@@ -82,12 +82,15 @@ void sel_run_close(sel_run **r)
 {
     if (!*r) return;
     if ((*r)->metrics_fd >= 0) close((*r)->metrics_fd);
-    if ((*r)->lock_fd >= 0) close((*r)->lock_fd);   /* this drops the lock */
+    if ((*r)->lock_fd >= 0) close((*r)->lock_fd); /* this drops the lock */
     free(*r);
     *r = NULL;
 }
 
-const char *sel_run_dir(const sel_run *r) { return r->dir; }
+const char *sel_run_dir(const sel_run *r)
+{
+    return r->dir;
+}
 
 sel_status sel_run_write_config(sel_run *r, const char *yaml)
 {
@@ -127,7 +130,7 @@ sel_status sel_run_cut_metrics(sel_run *r, int64_t step)
     char *text;
     size_t bytes, kept = 0, cut = 0;
 
-    if (r->metrics_fd >= 0) close(r->metrics_fd);   /* the file is about to be another one */
+    if (r->metrics_fd >= 0) close(r->metrics_fd); /* the file is about to be another one */
     r->metrics_fd = -1;
     if (!sel_path_exists(r->metrics)) return SEL_OK;
     SEL_TRY(sel_read_file(r->metrics, &text, &bytes));
@@ -165,8 +168,7 @@ typedef struct {
     size_t length;
 } row_text;
 
-__attribute__((format(printf, 2, 3)))
-static void add(row_text *t, const char *format, ...)
+__attribute__((format(printf, 2, 3))) static void add(row_text *t, const char *format, ...)
 {
     va_list args;
     const size_t room = t->length < sizeof t->text ? sizeof t->text - t->length : 0;
