@@ -1,4 +1,5 @@
 /* attention.c: tiles, groups and scratch of an attention call (attention_plan.h). */
+#include "core/base/error.h"
 #include "ops/attention_plan.h"
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,7 +81,66 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
     return p;
 }
 
+words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
+{
+    words_plan p = { 0 };
+    const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
+    int64_t end = 0, pack = 0;
+
+    p.rows = a->i1 - a->i0;
+    p.tiles = ceil_div(p.rows, TILE);
+    p.columns = ceil_div(a->i1, TILE);
+    p.group = tiles_a_group(p.tiles) > SIDE ? tiles_a_group(p.tiles) : SIDE;
+    p.groups = ceil_div(p.tiles, p.group);
+
+    if (!backward) {
+        p.qt = take(&end, H * dh * TILE);
+        p.ot = take(&end, H * dh * TILE);
+        p.ml = take(&end, 2 * H * TILE);
+        p.raw = take(&end, square);
+        p.redo = take(&end, square);
+        p.p = take(&end, square);
+        p.f = take(&end, SUPER * square);
+        p.carry = take(&end, a->i1);
+    } else {
+        p.l0 = take(&end, p.group * SIDE * square);
+        p.f = take(&end, p.group * SIDE * square);
+        p.g = take(&end, SIDE * SIDE * square);
+        p.pi = take(&end, square);
+        p.zi = take(&end, square);
+        p.zk = take(&end, square);
+        p.raw = take(&end, square);
+        p.dk = take(&end, SIDE * TILE * kv);
+        p.dv = take(&end, SIDE * TILE * kv);
+        p.dq = take(&end, p.tiles * TILE * H * dh);
+    }
+    p.thread_size = end;
+    end *= a->threads;
+
+    /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
+    p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+    p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+    if (!backward) {
+        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? p.groups * a->i1 : 0);
+    } else {
+        p.k_pairs = take(&pack, p.columns * TILE * kv / 2);
+        p.qt_all = take(&pack, p.tiles * H * dh * TILE);
+        p.dot_all = take(&pack, p.tiles * H * dh * TILE);
+        p.lse_all = take(&pack, p.tiles * H * TILE);
+        p.delta_all = take(&pack, p.tiles * H * TILE);
+        p.q_rows = take(&pack, p.tiles * TILE * H * dh / 2);
+        p.dout_rows = take(&pack, p.tiles * TILE * H * dh / 2);
+    }
+    p.pack0 = end;
+    p.pack_size = pack;
+    p.total = end + pack * (a->B >= a->threads ? a->threads : 1);
+    return p;
+}
+
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
-    return (size_t)sel_attention_plan(a, backward).total * sizeof(float);
+    SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0));
+    const int64_t portable = sel_attention_plan(a, backward).total;
+    const int64_t words = attention_fits_words(a) ? sel_attention_words_plan(a, backward).total : 0;
+    return (size_t)(portable > words ? portable : words) * sizeof(float);
 }

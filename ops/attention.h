@@ -55,7 +55,8 @@ typedef struct {
 
     /* Memory loss (spec, section 5), where tau > 0: forward writes the largest
        M[i] = i + 1 - sum over j of min(F[i,j], tau) / tau of each sequence's rows into
-       m_max [B] and its row (a position; the smallest among equals) into m_row [B]. */
+       m_max [B] and its row (a position; the smallest among equals) into m_row [B].
+       For whole causal attention only: tau > 0 needs window 0. */
     double tau;
     double *m_max;
     int64_t *m_row;

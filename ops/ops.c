@@ -36,6 +36,7 @@ void sel_ops_init(sel_ops *ops, sel_cpu_level level)
     sel_ops_adamw_init_avx512(ops);
     sel_ops_attention_forward_init_avx512(ops);
     sel_ops_attention_backward_init_avx512(ops);
+    sel_ops_attention_words_init_avx512(ops);
 #else
     (void)level;   /* only C is compiled for this processor */
 #endif

@@ -84,6 +84,8 @@ static void test_documents(void)
     for (size_t keep = 1; keep < bytes; keep = keep * 3 + 7) {
         put(gz, data, keep);
         CHECK_FAILS(join(&gz, 1, &lines, out), SEL_EFILE, "broken.txt.gz");
+        CHECK_FAILS(join(&gz, 1, &files, out), SEL_EFILE, "broken.txt.gz");
+        CHECK(out[0] == '\0', "a file cut off at %zu bytes gave a document", keep);
     }
     put(gz, data, bytes - 1);
     CHECK_FAILS(join(&gz, 1, &files, out), SEL_EFILE, "broken.txt.gz");
@@ -212,7 +214,7 @@ static void check_stream(const char *dir)
     const char *text;
     size_t bytes, n, capacity = 0;
     int32_t *ids = NULL, two[2];
-    int64_t at = 0, documents = 0, total = 0;
+    int64_t at = 0, documents = 0, total = 0, expected = 0;
 
     CHECK_OK(sel_corpus_open(&c, dir));
     if (!c) return;
@@ -229,8 +231,10 @@ static void check_stream(const char *dir)
         }
         documents++;
         total += (int64_t)bytes;
+        expected += (int64_t)n + 1;
     }
-    CHECK(at == sel_corpus_tokens(c) && documents == sel_corpus_documents(c) && total == sel_corpus_bytes(c),
+    CHECK(at == expected && expected == sel_corpus_tokens(c), "%" PRId64 " tokens, not %" PRId64, at, expected);
+    CHECK(documents == sel_corpus_documents(c) && total == sel_corpus_bytes(c),
           "%" PRId64 " tokens, %" PRId64 " documents, %" PRId64 " bytes", at, documents, total);
     free(ids);
     sel_documents_close(&d);
@@ -288,7 +292,7 @@ static void test_pack(void)
     for (int round = 0; round < 3; round++) {
         CHECK_OK(sel_remove_tree(again));
         for (int attempt = 0; attempt < 200; attempt++) {
-            const uint32_t longest = 20000 + 3000 * (uint32_t)attempt;
+            const uint32_t longest = 30000 + 10000 * (uint32_t)attempt;
             const useconds_t wait = 500 + random_below((uint64_t)(round * 1000 + attempt), longest);
             if (pack_in_child(again, 1 + attempt % 3, shard, wait, 0) == 0) break;
             killed++;
@@ -318,6 +322,9 @@ static void test_pack(void)
     CHECK(flock(lock, LOCK_EX) == 0, "flock: %s", strerror(errno));
     CHECK_FAILS(pack_to(again, tokenizer, 3, 1, shard), SEL_EUSER, "another process");
     close(lock);
+    FILE *ends = fopen(in_folder("again/documents.bin.tmp"), "ab");   /* as if killed between the ends and the state */
+    CHECK(ends && fwrite("beyond the state", 1, 16, ends) == 16, "%s", strerror(errno));
+    if (ends) fclose(ends);
     CHECK_OK(pack_to(again, tokenizer, 3, 2, shard));
     check_same(one, again, shards);
 

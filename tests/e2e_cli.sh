@@ -124,10 +124,10 @@ agree() {
 }
 for ((seed = 7; seed < 27; seed++)); do   # one that is not ended early by an EOS
     sampled=("${say[@]}" --temperature 1 --top-p 1 --seed $seed)
-    expect 0 selectra "${sampled[@]}" --json --logprobs cached.jsonl
+    expect 0 selectra "${sampled[@]}" --json --logprobs cached.jsonl || break
     [ "$(number tokens out)" -eq 200 ] && break
 done
-check "200 tokens were sampled" test "$(number tokens out)" -eq 200
+check "200 tokens were sampled" grep -qE '"tokens": ?200,' out
 cp out sampled.json
 expect 0 selectra "${sampled[@]}" --json --logprobs plain.jsonl --no-cache
 check "with and without the cache: the same 200 tokens, log-probabilities within 1e-4" agree cached.jsonl plain.jsonl 200

@@ -10,12 +10,13 @@ size=(model.width=128 model.context=128 checkpoint.every=10 checkpoint.keep=20)
 for np in 1 2; do
     train straight$np "${size[@]}"
     expect 0 ranks $np "${arguments[@]}"
+    check "no escape codes where the output is a file" test "$(grep -c "$(printf '\033')" out)" -eq 0
     check "all 60 steps are logged" test "$(losses straight$np | wc -l)" -eq 60
 
-    # kill -9 at step 20 or a little later
+    # kill -9 once step 20 is saved and left behind
     train killed$np "${size[@]}"
     start $np "${arguments[@]}"
-    if wait_step killed$np 20; then pass; else fail "the run with $np ranks did not reach step 20"; fi
+    if wait_step killed$np 21; then pass; else fail "the run with $np ranks did not reach step 21"; fi
     kill -9 "$(one_rank $((np - 1)))"
     ended fail 20
     check "it was killed before its end" test "$(last_step killed$np)" -lt 60

@@ -30,7 +30,7 @@ void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64
     const sel_layer_offsets *o = &m->layout->layers[l];
     const float *qkv = m->kept[l].qkv;
     const int64_t qk_row = q_width(d) + kv_width(d);
-    const int threads = m->opt.threads;
+    const int threads = pass_threads(m, rows);
 
     m->opt.ops->headnorm_forward(m->qk, qk_row, rstd_q, qkv, qkv_width(d), params + o->q_norm, rows, d->H, d->dh,
                                  threads);
@@ -73,7 +73,7 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
     const sel_layer_linears *w = &m->linears[l];
     sel_kept *k = &m->kept[l];
     const int64_t T = batch * n, D = d->D;
-    const int threads = m->opt.threads;
+    const int threads = pass_threads(m, T);
     float *const branch = m->h;   /* a norm's output, then the branch's result */
 
     if (k->x_in != m->x) memcpy(k->x_in, m->x, (size_t)(T * D) * sizeof(float));
@@ -105,7 +105,7 @@ sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, i
     double needed = 0.0;
 
     m->opt.ops->embed_forward(m->x, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed, batch * n,
-                              n, m->cached, d->D, m->opt.threads);
+                              n, m->cached, d->D, pass_threads(m, batch * n));
     for (int64_t l = 0; l < d->L; l++) SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
     *memory = needed / (double)(d->L * n);
     return SEL_OK;
@@ -142,6 +142,6 @@ sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *to
     /* Only the last token's logits are wanted. */
     for (int64_t b = 0; b < batch; b++)
         m->opt.ops->rmsnorm_forward(m->h + b * d->D, NULL, m->x + (b * n + n - 1) * d->D,
-                                    params + m->layout->final_norm, 1, d->D, m->opt.threads);
+                                    params + m->layout->final_norm, 1, d->D, 1);
     return sel_linear_forward(m->lm_head, batch, m->h, d->D, logits, d->V);
 }

@@ -72,6 +72,9 @@ static inline int64_t q_width(const sel_dims *d) { return d->H * d->dh; }
 static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
 static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }
 
+/* Threads for the passes over `rows` rows: one where waking another costs more than it takes over (decoding). */
+static inline int pass_threads(const sel_model *m, int64_t rows) { return rows < 32 ? 1 : m->opt.threads; }
+
 /* The attention call of layer l for `batch` sequences of n tokens, without a cache: q and k normed in m->qk, v in
    the layer's qkv. */
 sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n);

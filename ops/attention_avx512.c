@@ -1,0 +1,29 @@
+/* attention_avx512.c: fused selective attention for AVX-512, float32 operands. */
+#define WORD_BF16 0
+#include "ops/attention_words_forward.h"
+#include "ops/attention_words_backward.h"
+#include "ops/levels.h"
+
+/* What this kernel does not cover is the portable one's, which is in the table already. */
+static sel_attention_forward_fn *portable_forward;
+static sel_attention_backward_fn *portable_backward;
+
+static void attention_forward(const sel_attention *a)
+{
+    if (attention_fits_words(a)) forward_words(a);
+    else portable_forward(a);
+}
+
+static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
+{
+    if (attention_fits_words(a)) backward_words(a, g);
+    else portable_backward(a, g);
+}
+
+void sel_ops_attention_words_init_avx512(sel_ops *ops)
+{
+    portable_forward = ops->attention_forward;
+    portable_backward = ops->attention_backward;
+    ops->attention_forward = attention_forward;
+    ops->attention_backward = attention_backward;
+}
