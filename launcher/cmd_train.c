@@ -130,7 +130,8 @@ static char *join(int argc, char **argv)
 
 int sel_cmd_train(int argc, char **argv)
 {
-    screen s = { .terminal = isatty(STDOUT_FILENO) };
+    /* mpirun gives its ranks a terminal for stdout even where it writes to a file itself; stderr tells */
+    screen s = { .terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO) };
     const sel_train_watcher watcher = { .ctx = &s, .start = show_start, .progress = show_progress,
                                         .message = show_message };
     sel_comm *c = NULL;

@@ -14,6 +14,7 @@ static const struct {
     { "inspect", "what a checkpoint holds", sel_cmd_inspect },
     { "tokenizer", "train, encode, decode (SentencePiece)", sel_cmd_tokenizer },
     { "data", "pack text into a corpus; look at it and at batches", sel_cmd_data },
+    { "bench", "the kernels beside the machine's peak", sel_cmd_bench },
     { "version", "the program, its libraries, the processor", sel_cmd_version },
 };
 enum { COMMANDS = sizeof commands / sizeof commands[0] };

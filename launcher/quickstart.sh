@@ -94,9 +94,11 @@ fi
 say "evaluation: $selectra eval $run/run --data $packed/validation"
 $selectra eval $run/run --data $packed/validation
 
-prompt='Harbor \Har"bor\, n.'
-say "sample: $selectra generate $run/run --prompt '$prompt' --tokens 150 --temperature 0.8 --top-p 0.95 --seed 1"
-$selectra generate $run/run --prompt "$prompt" --tokens 150 --temperature 0.8 --top-p 0.95 --seed 1
+say "samples: $selectra generate $run/run --prompt HEADWORD --tokens 100 --temperature 0.7 --seed 1"
+for headword in 'Weaver \Weav"er\, n.' 'Seaward \Sea"ward\, a.' 'Brightly \Bright"ly\, adv.'; do
+    printf -- '-- '
+    $selectra generate $run/run --prompt "$headword" --tokens 100 --temperature 0.7 --seed 1
+done
 
 say "all done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 cat <<END

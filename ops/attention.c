@@ -1,4 +1,8 @@
-/* attention.c: tiles, groups and scratch of an attention call (attention_plan.h). */
+/* attention.c: tiles, groups and scratch of an attention call (attention_plan.h); no arithmetic.
+ *
+ * The definition is attention.h, as a program tests/reference.c; the portable kernel
+ * attention_{forward,backward}_c.c; AVX-512's attention_words*.h.
+ */
 #include "core/base/error.h"
 #include "ops/attention_plan.h"
 

@@ -1,5 +1,7 @@
 /* ops.h: every operation of a training step but the linear layers: one table of
  * function pointers, filled once for the processor (C first, faster ones laid over it).
+ * To add one: a member here, its code in a *_c.c file, that file's init in levels.h and
+ * ops.c, its test in tests/ops_vectors.c.
  *
  * Arrays are float32, row-major, and do not overlap unless a comment says so.
  * `threads` OpenMP threads are used; for equal threads results are equal to the bit.

@@ -45,10 +45,25 @@ bool sel_path_is_dir(const char *path)
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
-/* Makes one folder; another process may make it at the same time. */
+/* The folder of a path: "a/b" -> "a", "b" -> ".", "/b" -> "/". */
+static void parent_of(char out[SEL_PATH_MAX], const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    size_t length = slash ? (size_t)(slash - path) : 1;
+    const char *from = slash ? path : ".";
+    if (slash == path) length = 1;
+    memcpy(out, from, length);
+    out[length] = '\0';
+}
+
+/* Makes one folder, its name durable in the folder above; another process may make it at the same time. */
 static sel_status make_dir(const char *path)
 {
-    if (mkdir(path, 0777) == 0) return SEL_OK;
+    if (mkdir(path, 0777) == 0) {
+        char parent[SEL_PATH_MAX];
+        parent_of(parent, path);
+        return sel_sync_dir(parent);
+    }
     const int reason = errno;
     if (sel_path_is_dir(path)) return SEL_OK;
     if (reason == EEXIST || reason == ENOTDIR)
@@ -218,17 +233,6 @@ sel_status sel_sync_dir(const char *path)
     if (fsync(fd) != 0 && errno != EINVAL) rc = fail_errno(path, "fsync the folder");
     close(fd);
     return rc;
-}
-
-/* The folder of a path: "a/b" -> "a", "b" -> ".", "/b" -> "/". */
-static void parent_of(char out[SEL_PATH_MAX], const char *path)
-{
-    const char *slash = strrchr(path, '/');
-    size_t length = slash ? (size_t)(slash - path) : 1;
-    const char *from = slash ? path : ".";
-    if (slash == path) length = 1;
-    memcpy(out, from, length);
-    out[length] = '\0';
 }
 
 /* Writes the bytes into a new file and has them on the disk, or leaves no file. */

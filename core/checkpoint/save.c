@@ -1,7 +1,12 @@
 /* save.c: all ranks write one checkpoint together.
  *
- * DIR/.tmp-step-N is filled (data, then manifest), read back, and only then renamed to DIR/step-N; whatever
- * happens before leaves the older checkpoints as they were.  After each part that may fail on one rank the ranks
+ * In this order, so that a crash at any point leaves the older checkpoints and either none or all of the new one:
+ *     1. DIR/.tmp-step-N: files made at full size, headers, fsync (rank 0)
+ *     2. every rank writes its byte ranges, fsync
+ *     3. manifest.json, fsync; fsync of the folder
+ *     4. all ranks read back and compare checksums
+ *     5. rename to DIR/step-N, fsync of DIR; `latest` by rename, fsync of DIR
+ *     6. old ones beyond `keep` are removed  After each part that may fail on one rank the ranks
  * agree, so that all of them return the same.
  */
 #include <errno.h>

@@ -1,6 +1,7 @@
 /* schema.h: every key of the configuration: one row each, with type, range, default and help.
  *
- * A key that exists so far with one working value only needs no field in sel_config.
+ * A key that exists so far with one working value only needs no field in sel_config.  Rows of a section stand together
+ * (emit writes a section once).  A choice's enum in config.h follows the order of its words.
  */
 #ifndef SEL_CORE_CONFIG_SCHEMA_H
 #define SEL_CORE_CONFIG_SCHEMA_H

@@ -23,6 +23,7 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
     const double loss_scale = 1.0 / (double)(batch * N), memory_scale = c->attention.memory_loss.epsilon / (double)batch;
 
     memset(t->grads, 0, (size_t)t->layout->total * sizeof *t->grads);
+    sel_fault("data", step, "");
     for (int64_t i = 0; i < t->count; i += t->micro) {
         const bool last = i + t->micro >= t->count;
         sel_batch_stats stats;

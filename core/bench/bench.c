@@ -1,0 +1,277 @@
+/* bench.c: rounds, medians, and the cases of products, attention and memory-bound operations. */
+#include "core/bench/bench.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include "core/base/clock.h"
+#include "core/base/mem.h"
+#include "core/base/rng.h"
+#include "core/bench/rounds.h"
+
+void sel_bench_free(sel_bench_results *r)
+{
+    free(r->rows);
+    memset(r, 0, sizeof *r);
+}
+
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x, int n)
+{
+    qsort(x, (size_t)n, sizeof *x, by_value);
+    return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
+}
+
+static sel_status append(sel_bench_results *out, const sel_bench_result *row)
+{
+    if (out->n == out->capacity) {
+        const int more = out->capacity ? 2 * out->capacity : 32;
+        sel_bench_result *const rows = realloc(out->rows, (size_t)more * sizeof *rows);
+        if (!rows) return sel_fail(SEL_ENOMEM, "no memory for %d figures", more);
+        out->rows = rows;
+        out->capacity = more;
+    }
+    out->rows[out->n++] = *row;
+    return SEL_OK;
+}
+
+float *sel_bench_array(int64_t n, uint64_t stream)
+{
+    float *const x = sel_alloc((size_t)n * sizeof *x, "a benchmark's array");
+    for (int64_t i = 0; x && i < n; i += 4) {   /* close to unit normal: sums of four uniform numbers */
+        uint32_t bits[4];
+        sel_philox(bits, 0, stream, (uint64_t)i);
+        for (int64_t k = i; k < n && k < i + 4; k++) {
+            double sum = 0.0;
+            for (int q = 0; q < 4; q++) sum += (double)((bits[k - i] >> (8 * q)) & 255u) / 255.0 - 0.5;
+            x[k] = (float)(sum * 1.73);
+        }
+    }
+    return x;
+}
+
+enum { PEAK_ROWS = 4096, PEAK_WIDTH = 768 };
+static const double peak_flops = 2.0 * PEAK_ROWS * PEAK_WIDTH * PEAK_WIDTH;
+
+/* What every round is measured against: the matrix product of the peak, or a copy of memory. */
+typedef struct {
+    sel_linear *l;
+    float *x, *w, *y;
+    float *from, *to;
+    int64_t n;
+} yardstick;
+
+static sel_status yardstick_open(yardstick *y, const sel_bench *b, bool copy)
+{
+    memset(y, 0, sizeof *y);
+    if (copy) {
+        y->n = 1 << 25;   /* 128 MiB: no cache holds it */
+        y->from = sel_bench_array(y->n, 1);
+        y->to = sel_bench_array(y->n, 2);
+        return y->from && y->to ? SEL_OK : SEL_ENOMEM;
+    }
+    y->x = sel_bench_array(PEAK_ROWS * PEAK_WIDTH, 1);
+    y->w = sel_bench_array(PEAK_WIDTH * PEAK_WIDTH, 2);
+    y->y = sel_bench_array(PEAK_ROWS * PEAK_WIDTH, 3);
+    if (!y->x || !y->w || !y->y) return SEL_ENOMEM;
+    SEL_TRY(sel_linear_new(&y->l, b->engine, PEAK_WIDTH, PEAK_WIDTH, false));
+    return sel_linear_pack(y->l, y->w);
+}
+
+static void yardstick_close(yardstick *y)
+{
+    sel_linear_free(&y->l);
+    sel_free(y->x);
+    sel_free(y->w);
+    sel_free(y->y);
+    sel_free(y->from);
+    sel_free(y->to);
+}
+
+static sel_status yardstick_run(const yardstick *y, const sel_bench *b, double *seconds)
+{
+    const double begin = sel_now();
+    if (y->l) {
+        SEL_TRY(sel_linear_forward(y->l, PEAK_ROWS, y->x, PEAK_WIDTH, y->y, PEAK_WIDTH));
+    } else {
+        #pragma omp parallel for num_threads(b->threads) schedule(static)
+        for (int64_t i = 0; i < y->n; i += 4096) memcpy(y->to + i, y->from + i, 4096 * sizeof *y->to);
+    }
+    *seconds = sel_now() - begin;
+    return SEL_OK;
+}
+
+sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int n, bool copy, sel_bench_results *out)
+{
+    yardstick y;
+    double *const seconds = malloc((size_t)((n + 1) * b->runs) * sizeof *seconds);
+    sel_status rc = yardstick_open(&y, b, copy);
+
+    if (!seconds) rc = sel_fail(SEL_ENOMEM, "no memory for %d rounds of %d cases", b->runs, n);
+    for (int round = -1; rc == SEL_OK && round < b->runs; round++) {   /* round -1 warms up */
+        double s = 0.0;
+        rc = yardstick_run(&y, b, &s);
+        if (round >= 0) seconds[round] = s;
+        for (int i = 0; rc == SEL_OK && i < n; i++) {
+            const double begin = sel_now();
+            rc = cases[i].run(cases[i].ctx);
+            if (round >= 0) seconds[(i + 1) * b->runs + round] = sel_now() - begin;
+        }
+    }
+    if (rc == SEL_OK) {
+        const double yard = median(seconds, b->runs);
+        if (!copy) out->peak_gflops = peak_flops / yard * 1e-9;
+        for (int i = 0; rc == SEL_OK && i < n; i++) {
+            sel_bench_result row = cases[i].row;
+            row.threads = b->threads;
+            row.runs = b->runs;
+            row.seconds_median = median(seconds + (i + 1) * b->runs, b->runs);
+            if (cases[i].flops > 0.0) {
+                row.gflops = cases[i].flops / row.seconds_median * 1e-9;
+                row.share_of_peak = row.gflops / out->peak_gflops;
+            }
+            if (cases[i].bytes > 0.0) {
+                row.gbytes_per_second = cases[i].bytes / row.seconds_median * 1e-9;
+                row.share_of_copy = row.gbytes_per_second / (8.0 * (double)y.n / yard * 1e-9);
+            }
+            if (cases[i].tokens > 0.0) row.tokens_per_second = cases[i].tokens / row.seconds_median;
+            rc = append(out, &row);
+        }
+    }
+    yardstick_close(&y);
+    free(seconds);
+    return rc;
+}
+
+/* ---- matrix products ---- */
+
+typedef struct {
+    sel_linear *l;
+    int64_t out, in;
+    float *x, *y, *w, *dw;
+} gemm;
+
+static sel_status gemm_forward(void *ctx)
+{
+    gemm *g = ctx;
+    return sel_linear_forward(g->l, PEAK_ROWS, g->x, g->in, g->y, g->out);
+}
+static sel_status gemm_input(void *ctx)
+{
+    gemm *g = ctx;
+    return sel_linear_backward_input(g->l, PEAK_ROWS, g->y, g->out, g->x, g->in);
+}
+static sel_status gemm_weight(void *ctx)
+{
+    gemm *g = ctx;
+    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->y, g->out, g->x, g->in, g->dw);
+}
+
+sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
+{
+    /* d = 12: q, k, v together; o_proj; gate and up; down; the output matrix of 8,192 pieces */
+    static const struct { const char *name; int64_t out, in; } shapes[] = {
+        { "qkv", 2304, 768 }, { "o_proj", 768, 768 }, { "gate_up", 4096, 768 }, { "down_proj", 768, 2048 },
+        { "lm_head", 8192, 768 },
+    };
+    enum { SHAPES = sizeof shapes / sizeof shapes[0] };
+    gemm g[SHAPES];
+    sel_bench_case cases[3 * SHAPES];
+    sel_status rc = SEL_OK;
+
+    memset(g, 0, sizeof g);
+    for (int i = 0; rc == SEL_OK && i < SHAPES; i++) {
+        g[i] = (gemm){ .out = shapes[i].out, .in = shapes[i].in };
+        g[i].x = sel_bench_array(PEAK_ROWS * g[i].in, 11);
+        g[i].y = sel_bench_array(PEAK_ROWS * g[i].out, 12);
+        g[i].w = sel_bench_array(g[i].out * g[i].in, 13);
+        g[i].dw = sel_bench_array(g[i].out * g[i].in, 14);
+        if (!g[i].x || !g[i].y || !g[i].w || !g[i].dw) rc = SEL_ENOMEM;
+        if (rc == SEL_OK) rc = sel_linear_new(&g[i].l, b->engine, g[i].out, g[i].in, true);
+        if (rc == SEL_OK) rc = sel_linear_pack(g[i].l, g[i].w);
+        const double flops = 2.0 * PEAK_ROWS * (double)(g[i].out * g[i].in);
+        const sel_bench_result row = { .name = shapes[i].name, .dtype = "float32", .pass = "forward", .N = PEAK_ROWS };
+        cases[3 * i] = (sel_bench_case){ .run = gemm_forward, .ctx = &g[i], .flops = flops, .row = row };
+        cases[3 * i + 1] = (sel_bench_case){ .run = gemm_input, .ctx = &g[i], .flops = flops, .row = row };
+        cases[3 * i + 2] = (sel_bench_case){ .run = gemm_weight, .ctx = &g[i], .flops = flops, .row = row };
+        cases[3 * i + 1].row.pass = "backward_input";
+        cases[3 * i + 2].row.pass = "backward_weight";
+    }
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 3 * SHAPES, false, out);
+    for (int i = 0; i < SHAPES; i++) {
+        sel_linear_free(&g[i].l);
+        sel_free(g[i].x);
+        sel_free(g[i].y);
+        sel_free(g[i].w);
+        sel_free(g[i].dw);
+    }
+    return rc;
+}
+
+/* ---- attention ---- */
+
+typedef struct {
+    const sel_ops *ops;
+    sel_attention a;
+    sel_attention_grad g;
+} attention;
+
+static sel_status attention_forward(void *ctx)
+{
+    const attention *t = ctx;
+    t->ops->attention_forward(&t->a);
+    return SEL_OK;
+}
+static sel_status attention_backward(void *ctx)
+{
+    const attention *t = ctx;
+    t->ops->attention_backward(&t->a, &t->g);
+    return SEL_OK;
+}
+
+sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
+                               sel_bench_results *out)
+{
+    enum { Q, K, V, OUT, DOUT, DQ, DK, DV, ARRAYS };
+    static const char *const kinds[] = { "selective", "standard" };
+    const int64_t row = heads * dh, seq = N * row, n = batch * seq;
+    float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
+    float *const saved = sel_bench_array(batch * sel_attention_carries(N) * N, 10);
+    void *workspace = NULL;
+    attention t[2];
+    sel_bench_case cases[4];
+    sel_status rc = lse && saved ? SEL_OK : SEL_ENOMEM;
+
+    for (int i = 0; i < ARRAYS; i++)
+        if (!(x[i] = sel_bench_array(n, (uint64_t)i))) rc = SEL_ENOMEM;
+    for (int i = 0; rc == SEL_OK && i < 2; i++) {
+        const double flops = 4.0 * (double)dh * (double)N * (double)(N + 1) / 2.0 * (double)(heads * batch);
+        t[i].ops = b->ops;
+        t[i].a = (sel_attention){ .B = batch, .heads = heads, .kv_heads = heads, .dh = dh, .i1 = N, .selective = i == 0,
+                                  .relu = true, .protect_bos = true, .protect_self = true, .shift = true, .q = x[Q],
+                                  .k = x[K], .v = x[V], .q_seq = seq, .q_row = row, .k_seq = seq, .k_row = row,
+                                  .v_seq = seq, .v_row = row, .out = x[OUT], .out_seq = seq, .out_row = row, .lse = lse,
+                                  .saved = saved, .threads = b->threads };
+        t[i].g = (sel_attention_grad){ .dout = x[DOUT], .dq = x[DQ], .dk = x[DK], .dv = x[DV], .dq_seq = seq,
+                                       .dq_row = row, .dk_seq = seq, .dk_row = row, .dv_seq = seq, .dv_row = row };
+        const size_t forward = sel_attention_workspace(&t[i].a, false), backward = sel_attention_workspace(&t[i].a, true);
+        if (!workspace && !(workspace = sel_alloc(forward > backward ? forward : backward, "attention's scratch")))
+            rc = SEL_ENOMEM;
+        t[i].a.workspace = workspace;
+        const sel_bench_result figure = { .name = "attention", .kind = kinds[i], .dtype = "float32", .pass = "forward",
+                                          .B = batch, .H = heads, .N = N, .dh = dh };
+        cases[2 * i] = (sel_bench_case){ .run = attention_forward, .ctx = &t[i], .flops = flops, .row = figure };
+        cases[2 * i + 1] = (sel_bench_case){ .run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure };
+        cases[2 * i + 1].row.pass = "backward";
+    }
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 4, false, out);
+    for (int i = 0; i < ARRAYS; i++) sel_free(x[i]);
+    sel_free(lse);
+    sel_free(saved);
+    sel_free(workspace);
+    return rc;
+}

@@ -1,0 +1,58 @@
+/* bench.h: how fast the kernels are, beside what the machine can do in the same minute.
+ *
+ * The machine may be shared and its speed may drift, so a figure alone says little: every
+ * round runs the matrix product that stands for the peak and then each case once, and the
+ * medians over the rounds are compared.
+ */
+#ifndef SEL_CORE_BENCH_BENCH_H
+#define SEL_CORE_BENCH_BENCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "core/base/error.h"
+#include "core/config/config.h"
+#include "ops/linear.h"
+#include "ops/ops.h"
+
+/* One figure (spec, section 16).  Fields that do not apply are 0 or NULL. */
+typedef struct {
+    const char *name, *kind, *dtype, *pass;
+    int64_t B, H, N, dh;
+    int threads, runs;
+    double seconds_median;
+    double gflops, share_of_peak;               /* products: of the peak in the same rounds */
+    double gbytes_per_second, share_of_copy;    /* memory-bound parts: of the copy bandwidth in the same rounds */
+    double tokens_per_second;                   /* steps */
+    double seconds_share;                       /* parts of a step: of the step's seconds */
+} sel_bench_result;
+
+typedef struct {
+    sel_bench_result *rows;   /* [n], owned */
+    int n, capacity;
+    double peak_gflops;       /* median, float32, on the latest call's threads */
+} sel_bench_results;
+
+typedef struct {
+    const sel_ops *ops;
+    sel_linear_engine *engine;   /* on `threads` threads */
+    int threads, runs;           /* rounds */
+} sel_bench;
+
+void sel_bench_free(sel_bench_results *r);
+
+/* The shapes of the linear layers of a model and the peak's own: 4096 x 768 x 768. */
+sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out);
+
+/* Attention, selective and standard, forward and backward, at context N: `batch` sequences.  FLOPs: forward
+   4 dh N (N + 1) / 2 a head, backward 2.5 times that. */
+sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
+                               sel_bench_results *out);
+
+/* The memory-bound operations on `rows` rows of width D, beside a copy of memory. */
+sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_results *out);
+
+/* Whole training steps of a configuration's model (random tokens, one micro-batch, one rank), selective and standard in
+   turn: gradient, norm, AdamW, packing.  FLOPs: model FLOPs. */
+sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab, sel_bench_results *out);
+
+#endif

@@ -1,0 +1,21 @@
+/* rounds.h: cases that are measured in turn, round by round.  Only core/bench includes it. */
+#ifndef SEL_CORE_BENCH_ROUNDS_H
+#define SEL_CORE_BENCH_ROUNDS_H
+
+#include "core/bench/bench.h"
+
+typedef struct {
+    sel_status (*run)(void *ctx);
+    void *ctx;
+    double flops, bytes, tokens;   /* of one run; 0: no such figure */
+    sel_bench_result row;          /* its names and sizes */
+} sel_bench_case;
+
+/* Runs every case once a round beside the yardstick (the peak's matrix product, or a copy of memory) and appends a row
+   of medians for each. */
+sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int n, bool copy, sel_bench_results *out);
+
+/* n numbers, roughly unit normal; NULL when there is no memory. */
+float *sel_bench_array(int64_t n, uint64_t stream);
+
+#endif

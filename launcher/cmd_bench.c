@@ -1,0 +1,193 @@
+/* cmd_bench.c: `selectra bench gemm|attention|ops|step`: the kernels beside the machine's peak. */
+#include <inttypes.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include "core/bench/bench.h"
+#include "launcher/launcher.h"
+#include "launcher/options.h"
+
+enum { MOST = 16 };
+
+typedef struct {
+    int64_t at[MOST];
+    int n;
+} numbers;
+
+/* "1,2,4" */
+static bool read_numbers(const char *text, numbers *out)
+{
+    out->n = 0;
+    for (char *end; out->n < MOST; text = end + 1) {
+        out->at[out->n] = strtoll(text, &end, 10);
+        if (end == text || out->at[out->n++] < 1) return false;
+        if (*end == '\0') return true;
+        if (*end != ',') return false;
+    }
+    return false;
+}
+
+static void print_table(const sel_bench_results *r, int from)
+{
+    for (int i = from; i < r->n; i++) {
+        const sel_bench_result *x = &r->rows[i];
+        printf("%-14s %-10s %-15s", x->name, x->kind ? x->kind : "", x->pass);
+        if (x->B) printf(" B %-4" PRId64, x->B);
+        if (x->N) printf(" N %-6" PRId64, x->N);
+        printf(" %d thread%s  %9.3f ms", x->threads, x->threads == 1 ? " " : "s", 1e3 * x->seconds_median);
+        if (x->gflops > 0.0) printf("  %7.1f GFLOP/s  %5.1f%% of peak", x->gflops, 100.0 * x->share_of_peak);
+        if (x->gbytes_per_second > 0.0)
+            printf("  %7.1f GB/s  %5.1f%% of copy", x->gbytes_per_second, 100.0 * x->share_of_copy);
+        if (x->tokens_per_second > 0.0) printf("  %.0f tokens/s", x->tokens_per_second);
+        putchar('\n');
+    }
+    fflush(stdout);
+}
+
+static void print_json(const sel_bench_results *r, int threads, double peak)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    printf("{\"cpu\": \"%s\", \"threads\": %d, \"peak_gflops\": {\"float32\": %.6g}, \"peak_rss_bytes\": %lld, \"results\": [",
+           sel_cpu_name(), threads, peak, 1024LL * u.ru_maxrss);
+    for (int i = 0; i < r->n; i++) {
+        const sel_bench_result *x = &r->rows[i];
+        printf("%s\n {\"name\": \"%s\", ", i ? "," : "", x->name);
+        if (x->kind) printf("\"kind\": \"%s\", ", x->kind);
+        printf("\"dtype\": \"%s\", \"pass\": \"%s\", \"B\": %" PRId64 ", \"H\": %" PRId64 ", \"N\": %" PRId64
+               ", \"dh\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d", x->dtype, x->pass, x->B,
+               x->H, x->N, x->dh, x->threads, x->seconds_median, x->runs);
+        if (x->gflops > 0.0) printf(", \"gflops\": %.6g, \"share_of_peak\": %.6g", x->gflops, x->share_of_peak);
+        if (x->gbytes_per_second > 0.0)
+            printf(", \"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g", x->gbytes_per_second, x->share_of_copy);
+        if (x->tokens_per_second > 0.0) printf(", \"tokens_per_second\": %.6g", x->tokens_per_second);
+        putchar('}');
+    }
+    printf("\n]}\n");
+}
+
+typedef struct {
+    const char *threads, *contexts, *config, *backend;
+    int64_t batch, heads, head_width, runs;
+    bool json;
+} request;
+
+static sel_status attention_cases(const sel_bench *b, const request *r, const numbers *contexts, sel_bench_results *out)
+{
+    for (int i = 0; i < contexts->n; i++) {
+        const int64_t N = contexts->at[i], whole = 2048 * b->threads / N;
+        if (r->batch) {
+            SEL_TRY(sel_bench_attention(b, r->heads, r->head_width, N, r->batch, out));
+            continue;
+        }
+        /* whole sequences, at least one a thread and 2,048 tokens a thread; then one sequence for all threads */
+        SEL_TRY(sel_bench_attention(b, r->heads, r->head_width, N, whole > b->threads ? whole : b->threads, out));
+        if (b->threads > 1) SEL_TRY(sel_bench_attention(b, r->heads, r->head_width, N, 1, out));
+    }
+    return SEL_OK;
+}
+
+static sel_status step_cases(const sel_bench *b, const request *r, const numbers *contexts, sel_bench_results *out)
+{
+    static const char standard[] = "model: {d: 12}\n";
+    sel_config c;
+    char *text = NULL, context[64];
+    size_t bytes = sizeof standard - 1;
+    sel_status rc = SEL_OK;
+
+    if (r->config) SEL_TRY(sel_read_file(r->config, &text, &bytes));
+    for (int i = 0; rc == SEL_OK && i < (contexts->n ? contexts->n : 1); i++) {
+        const char *const override = context;
+        if (contexts->n) snprintf(context, sizeof context, "model.context=%" PRId64, contexts->at[i]);
+        rc = sel_config_parse(&c, text ? text : standard, bytes, r->config ? r->config : "built-in", &override,
+                              contexts->n ? 1 : 0);
+        if (rc == SEL_OK) rc = sel_bench_step(b, &c, 8192, out);
+    }
+    free(text);
+    return rc;
+}
+
+static sel_status run(const char *what, const request *r, const numbers *threads, const numbers *contexts)
+{
+    sel_bench_results out = { 0 };
+    sel_ops ops;
+    sel_cpu_level level;
+    sel_status rc = sel_cpu_choose("auto", &level);
+
+    if (rc != SEL_OK) return rc;
+    sel_ops_init(&ops, level);
+    for (int i = 0; rc == SEL_OK && i < threads->n; i++) {
+        sel_bench b = { .ops = &ops, .threads = (int)threads->at[i], .runs = (int)r->runs };
+        const int from = out.n;
+        rc = sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN,
+                             b.threads);
+        if (rc != SEL_OK) break;
+        if (!r->json && i == 0)
+            printf("%s, kernels for %s, %s; medians of %d rounds\n", sel_cpu_name(), sel_cpu_level_name(level),
+                   sel_linear_library(b.engine), b.runs);
+        if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, &out);
+        else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, &out);
+        else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, &out);
+        else rc = step_cases(&b, r, contexts, &out);
+        sel_linear_close(&b.engine);
+        if (rc == SEL_OK && !r->json) {
+            if (out.peak_gflops > 0.0)
+                printf("peak of matrix products, float32, %d thread%s: %.0f GFLOP/s\n", b.threads,
+                       b.threads == 1 ? "" : "s", out.peak_gflops);
+            print_table(&out, from);
+        }
+    }
+    if (rc == SEL_OK && r->json) print_json(&out, (int)threads->at[threads->n - 1], out.peak_gflops);
+    sel_bench_free(&out);
+    return rc;
+}
+
+int sel_cmd_bench(int argc, char **argv)
+{
+    cpu_set_t set;
+    char all[16];
+    snprintf(all, sizeof all, "%d", sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1);
+    request r = { .threads = all, .contexts = NULL, .backend = "onednn", .heads = 12, .head_width = 64, .runs = 21 };
+    const sel_option options[] = {
+        { "threads", SEL_OPT_TEXT, &r.threads, 0, "1,2", "thread counts, one after another (all processors)" },
+        { "context", SEL_OPT_TEXT, &r.contexts, 0, "512,1024", "attention, step: tokens of a sequence (512,1024,2048; 512)" },
+        { "batch", SEL_OPT_INTEGER, &r.batch, 1, "B", "attention: sequences (2,048 tokens a thread, and B = 1)" },
+        { "heads", SEL_OPT_INTEGER, &r.heads, 1, "H", "attention: heads (12)" },
+        { "head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)" },
+        { "runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)" },
+        { "backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)" },
+        { "json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object" },
+    };
+    const sel_command command = { "selectra bench", "gemm|attention|ops|step [CONFIG] [OPTIONS]",
+                                  "Each round measures the matrix product that stands for the peak and every case once, so a\n"
+                                  "shared machine's drift touches both.  `step` takes a configuration; default d = 12.",
+                                  options, sizeof options / sizeof options[0] };
+    numbers threads, contexts = { .n = 0 };
+    int n;
+
+    switch (sel_options_parse(&command, argc, argv, &n)) {
+    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
+    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
+    case SEL_PARSED: break;
+    }
+    static const char *const names[] = { "gemm", "attention", "ops", "step" };
+    const char *what = NULL;
+    for (size_t i = 0; n > 0 && i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(argv[1], names[i]) == 0) what = names[i];
+    if (!what) return sel_options_mistake(&command, "expected gemm, attention, ops or step%s%s", n ? ", got " : "", n ? argv[1] : "");
+    if (n > (strcmp(what, "step") == 0 ? 2 : 1)) return sel_options_mistake(&command, "%s: one argument too many", argv[n]);
+    if (n == 2) r.config = argv[2];
+    if (!read_numbers(r.threads, &threads))
+        return sel_options_mistake(&command, "--threads: expected numbers such as 1,2, got \"%s\"", r.threads);
+    if (!r.contexts && strcmp(what, "attention") == 0) r.contexts = "512,1024,2048";
+    if (r.contexts && !read_numbers(r.contexts, &contexts))
+        return sel_options_mistake(&command, "--context: expected numbers such as 512,1024, got \"%s\"", r.contexts);
+    if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0)
+        return sel_options_mistake(&command, "--backend: expected onednn or openblas, got \"%s\"", r.backend);
+
+    const sel_status rc = run(what, &r, &threads, &contexts);
+    if (rc != SEL_OK) fprintf(stderr, "selectra bench: %s\n", sel_error());
+    return sel_exit_status(rc);
+}

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# All tests, on a bare Debian 12 as well: installs what they need, builds with gcc and with clang (warnings are errors),
+# runs everything, then the tests of single parts and a part of the end-to-end tests under the address and
+# undefined-behaviour sanitizers.  The last line is the count; exit status 0 means that all passed.
+#
+#   ./tests/run.sh [--fast]      --fast: one build, no sanitizers
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+. launcher/packages.sh
+
+passed=0 failed=0 skipped=0
+finish() {
+    local skips=
+    [ $skipped -eq 0 ] || skips=", $skipped skipped"
+    printf '\n%d passed, %d failed%s\n' $passed $failed "$skips"
+    [ $failed -eq 0 ] && [ $passed -gt 0 ]
+    exit
+}
+say() { printf '\n== %s (at %d min %02d s)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+# build NAME FOLDER OPTIONS...: counts as a test of its own.
+build() {
+    local log=$2/build.log
+    say "build: $1"
+    mkdir -p "$2"
+    if cmake -S . -B "$2" "${@:3}" >"$log" 2>&1 && cmake --build "$2" --parallel "$(nproc)" >>"$log" 2>&1; then
+        passed=$((passed + 1))
+        return 0
+    fi
+    failed=$((failed + 1))
+    tail -n 40 "$log"
+    echo "build failed: $1 ($log)"
+    return 1
+}
+
+# run_tests NAME FOLDER OPTIONS-OF-CTEST...: runs them and adds to the counts.
+run_tests() {
+    say "tests: $1"
+    local report=$2/tests.xml status=0 counts
+    rm -f "$report"
+    ctest --test-dir "$2" --output-on-failure --no-tests=error --output-junit "$PWD/$report" "${@:3}" || status=$?
+    counts=$(awk '/<testcase / { if (/status="run"/) run++; else if (/status="fail"/) fail++; else other = 1; next }
+                  /<skipped / && other { if (/SKIP_RETURN_CODE/) skip++; else fail++; other = 0 }
+                  END { print run + 0, fail + 0, skip + 0 }' "$report" 2>/dev/null || echo 0 0 0)
+    read -r run fail skip <<<"$counts"
+    [ $status -eq 0 ] || [ "$fail" -gt 0 ] || fail=1    # CTest itself failed
+    passed=$((passed + run)) failed=$((failed + fail)) skipped=$((skipped + skip))
+}
+
+fast=
+[ "${1:-}" != --fast ] || fast=1
+
+say "packages"
+wanted=("${selectra_packages[@]}")
+[ "$fast" ] || wanted+=(clang libomp-dev)
+if ! need_packages "${wanted[@]}"; then
+    failed=$((failed + 1))
+    finish
+fi
+generator=()
+if command -v ninja >/dev/null; then generator=(-G Ninja); fi
+
+build "gcc, Release" build-test "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON &&
+    run_tests "all, Release" build-test --parallel "$(nproc)"
+[ -z "$fast" ] || finish
+
+build "clang, Release" build-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
+    -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+
+export ASAN_OPTIONS=detect_leaks=1:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1
+export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
+build "gcc, sanitizers" build-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=Asan -DSEL_WERROR=ON &&
+    run_tests "sanitizers, parts" build-asan --parallel "$(nproc)" -LE e2e -E '^layers$|^ops_memory$' &&
+    run_tests "sanitizers, the program" build-asan -R '^e2e_(cli|mistakes|damage)$'
+finish
