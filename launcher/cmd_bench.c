@@ -1,6 +1,5 @@
 /* cmd_bench.c: `selectra bench gemm|attention|ops|step`: the kernels beside the machine's peak. */
 #include <inttypes.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,6 +117,7 @@ static sel_status run(const char *what, const request *r, const numbers *threads
 
     if (rc != SEL_OK) return rc;
     sel_ops_init(&ops, level);
+    for (int i = 0; rc == SEL_OK && i < threads->n; i++) rc = sel_cpu_check_threads(threads->at[i]);
     for (int i = 0; rc == SEL_OK && i < threads->n; i++) {
         sel_bench b = { .ops = &ops, .threads = (int)threads->at[i], .runs = (int)r->runs };
         const int from = out.n;
@@ -146,9 +146,8 @@ static sel_status run(const char *what, const request *r, const numbers *threads
 
 int sel_cmd_bench(int argc, char **argv)
 {
-    cpu_set_t set;
     char all[16];
-    snprintf(all, sizeof all, "%d", sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1);
+    snprintf(all, sizeof all, "%d", sel_cpu_threads());
     request r = { .threads = all, .contexts = NULL, .backend = "onednn", .heads = 12, .head_width = 64, .runs = 21 };
     const sel_option options[] = {
         { "threads", SEL_OPT_TEXT, &r.threads, 0, "1,2", "thread counts, one after another (all processors)" },

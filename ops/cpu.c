@@ -1,4 +1,6 @@
 /* cpu.c: instruction sets and the processor's name. */
+#include <omp.h>
+#include <sched.h>
 #include "ops/cpu.h"
 
 #include <pthread.h>
@@ -112,4 +114,18 @@ const char *sel_cpu_name(void)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, find_name);
     return cpu_name;
+}
+
+int sel_cpu_threads(void)
+{
+    cpu_set_t set;
+    const int own = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1, limit = omp_get_thread_limit();
+    return own < limit ? own : limit;
+}
+
+sel_status sel_cpu_check_threads(int64_t threads)
+{
+    if (threads <= omp_get_thread_limit()) return SEL_OK;
+    return sel_fail(SEL_EUSER, "%lld threads are more than OpenMP may start here (OMP_THREAD_LIMIT=%d)", (long long)threads,
+                    omp_get_thread_limit());
 }

@@ -2,6 +2,7 @@
 #ifndef SEL_OPS_CPU_H
 #define SEL_OPS_CPU_H
 
+#include <stdint.h>
 #include "core/base/error.h"
 
 /* Rising levels; each includes the ones before. */
@@ -15,6 +16,12 @@ sel_cpu_level sel_cpu_detect(void);
 sel_status sel_cpu_choose(const char *mask, sel_cpu_level *out);
 
 const char *sel_cpu_level_name(sel_cpu_level level);
+
+/* Processors that this process may run on, at most OpenMP's own limit (OMP_THREAD_LIMIT); at least 1. */
+int sel_cpu_threads(void);
+
+/* SEL_EUSER where OpenMP would not give that many threads: libraries that count on them would wait for ever. */
+sel_status sel_cpu_check_threads(int64_t threads);
 
 /* The processor's name as it reports it, for figures and provenance. */
 const char *sel_cpu_name(void);

@@ -1,15 +1,8 @@
 /* loaded.c: from a checkpoint on disk to a model in memory. */
 #include "core/infer/loaded.h"
 
-#include <sched.h>
 #include <string.h>
 #include "core/base/mem.h"
-
-static int processors(void)
-{
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
 
 static sel_status open_all(sel_loaded *l, const char *path, void (*warn)(void *ctx, const char *line), void *ctx)
 {
@@ -36,8 +29,9 @@ sel_status sel_loaded_open(sel_loaded *l, const char *path, int64_t threads, voi
                            void *ctx)
 {
     memset(l, 0, sizeof *l);
-    l->threads = threads > 0 ? (int)threads : processors();
-    const sel_status rc = open_all(l, path, warn, ctx);
+    l->threads = threads > 0 ? (int)threads : sel_cpu_threads();
+    sel_status rc = sel_cpu_check_threads(l->threads);
+    if (rc == SEL_OK) rc = open_all(l, path, warn, ctx);
     if (rc != SEL_OK) sel_loaded_close(l);
     return rc;
 }

@@ -218,7 +218,7 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
     SEL_TRY(sel_comm_agree(t->comm, sel_fault_init(sel_comm_rank(t->comm))));
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
-    t->threads = sel_threads_choose(t->comm, t->config->compute.threads);
+    SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));

@@ -11,7 +11,7 @@ typedef struct {
     cpu_set_t cpus;
 } binding;
 
-int sel_threads_choose(sel_comm *c, int64_t wanted)
+sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads)
 {
     const int size = sel_comm_size(c);
     char host[256] = "";
@@ -34,7 +34,7 @@ int sel_threads_choose(sel_comm *c, int64_t wanted)
     for (int r = 0; r < size; r++) alike += all[r].host == mine.host && CPU_EQUAL(&all[r].cpus, &mine.cpus);
     free(all);
 
-    if (wanted > 0) return (int)wanted;
-    const int share = CPU_COUNT(&mine.cpus) / alike;
-    return share > 0 ? share : 1;
+    const int share = sel_cpu_threads() / alike;
+    *threads = wanted > 0 ? (int)wanted : share > 0 ? share : 1;
+    return sel_comm_agree(c, sel_cpu_check_threads(*threads));
 }

@@ -56,7 +56,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s);
 void sel_optimizer_update(sel_trainer *t, int64_t step, double lr, double g_scale);
 
 /* Threads that this rank should use: `wanted`, or, at 0, what its binding allows, shared with the ranks that are bound
-   alike.  (threads.c) [collective] */
-int sel_threads_choose(sel_comm *c, int64_t wanted);
+   alike.  SEL_EUSER where OpenMP would not give them.  (threads.c) [collective] */
+sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads);
 
 #endif
