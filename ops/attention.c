@@ -39,13 +39,15 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
     p.group = tiles_a_group(p.tiles);
     p.groups = ceil_div(p.tiles, p.group);
     p.dhp = round_up(dh, LANES);
-    p.padded = p.dhp != dh;
+    p.copied = p.dhp != dh || a->bfloat16;
 
     if (!backward) {
         p.qt = take(&end, H * dh * TILE);
         p.ot = take(&end, H * dh * TILE);
         p.ml = take(&end, 2 * H * TILE);
         p.tile = take(&end, square);
+        p.krows = take(&end, a->bfloat16 ? TILE * dh : 0);
+        p.vrows = take(&end, a->bfloat16 ? TILE * dh : 0);
         if (a->selective) {
             p.f = take(&end, SUPER * square);
             p.carry = take(&end, a->i1);
@@ -61,7 +63,8 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         }
         p.dk = take(&end, a->kv_heads * TILE * p.dhp);
         p.dv = take(&end, a->kv_heads * TILE * p.dhp);
-        p.kpad = take(&end, p.padded ? a->kv_heads * TILE * p.dhp : 0);
+        p.kcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
+        p.vcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.dq = take(&end, p.tiles * TILE * H * p.dhp);
     }
     p.thread_size = end;
@@ -75,8 +78,8 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         p.dot_all = take(&pack, p.tiles * H * dh * TILE);
         p.lse_all = take(&pack, p.tiles * H * TILE);
         p.delta_all = take(&pack, p.tiles * H * TILE);
-        p.q_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
-        p.dout_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
+        p.q_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
+        p.dout_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
         p.pack0 = end;
         p.pack_size = pack;
         end += pack * (a->B >= a->threads ? a->threads : 1);

@@ -11,7 +11,7 @@
 #include <cpuid.h>
 #endif
 
-static const char *const level_names[] = { "c", "avx2", "avx512" };
+static const char *const level_names[] = { "c", "avx2", "avx512", "avx512bf16" };
 #define LEVELS ((int)(sizeof level_names / sizeof level_names[0]))
 
 /* The compiler's run-time support also asks the operating system (XGETBV) whether it saves the wide
@@ -24,7 +24,7 @@ sel_cpu_level sel_cpu_detect(void)
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq"))
         return SEL_CPU_AVX2;
-    return SEL_CPU_AVX512;
+    return __builtin_cpu_supports("avx512bf16") ? SEL_CPU_AVX512BF16 : SEL_CPU_AVX512;
 #else
     return SEL_CPU_C;
 #endif
@@ -39,7 +39,7 @@ static sel_status apply_mask(const char *key, const char *word, sel_cpu_level *l
             if (i < (int)*level) *level = (sel_cpu_level)i;
             return SEL_OK;
         }
-    return sel_fail(SEL_EUSER, "%s: \"%s\" is none of auto, c, avx2, avx512", key, word);
+    return sel_fail(SEL_EUSER, "%s: \"%s\" is none of auto, c, avx2, avx512, avx512bf16", key, word);
 }
 
 sel_status sel_cpu_choose(const char *mask, sel_cpu_level *out)

@@ -5,13 +5,13 @@
 #include "core/base/error.h"
 
 /* Rising levels; each includes the ones before. */
-typedef enum { SEL_CPU_C, SEL_CPU_AVX2, SEL_CPU_AVX512 } sel_cpu_level;
+typedef enum { SEL_CPU_C, SEL_CPU_AVX2, SEL_CPU_AVX512, SEL_CPU_AVX512BF16 } sel_cpu_level;
 
 /* What the processor and the system offer. */
 sel_cpu_level sel_cpu_detect(void);
 
 /* The level to use: the lowest of what the processor offers, the mask
-   ("auto", "c", "avx2", "avx512") and SELECTRA_CPU.  SEL_EUSER for another word. */
+   ("auto", "c", "avx2", "avx512", "avx512bf16") and SELECTRA_CPU.  SEL_EUSER for another word. */
 sel_status sel_cpu_choose(const char *mask, sel_cpu_level *out);
 
 const char *sel_cpu_level_name(sel_cpu_level level);

@@ -271,8 +271,6 @@ static void test_values(void)
         {"attention.kind=local_global", "one of selective, standard"},
         {"attention.selection.source=bilinear", "head0"},
         {"attention.dead_keys=exact", "off"},
-        {"train.precision=bfloat16", "float32"},
-        {"train.precision=auto", "float32"},
         {"checkpoint.async=true", "false"},
         {"dist.on_nan=skip", "stop"},
         {"dist.zero=1", "the integer 0"},

@@ -29,7 +29,7 @@ static sel_status open_all(sel_loaded *l, const char *path, void (*warn)(void *c
     sel_ops_init(&l->ops, level);
     return sel_linear_open(&l->engine, l->config.compute.linear_backend == SEL_BACKEND_OPENBLAS ? SEL_LINEAR_OPENBLAS
                                                                                                 : SEL_LINEAR_ONEDNN,
-                           l->threads);
+                           SEL_FLOAT32, l->threads);
 }
 
 sel_status sel_loaded_open(sel_loaded *l, const char *path, int64_t threads, void (*warn)(void *ctx, const char *line),
