@@ -45,12 +45,13 @@ static void print_table(const sel_bench_results *r, int from)
     fflush(stdout);
 }
 
-static void print_json(const sel_bench_results *r, int threads, double peak)
+static void print_json(const sel_bench_results *r, int threads)
 {
     struct rusage u;
     getrusage(RUSAGE_SELF, &u);
-    printf("{\"cpu\": \"%s\", \"threads\": %d, \"peak_gflops\": {\"float32\": %.6g}, \"peak_rss_bytes\": %lld, \"results\": [",
-           sel_cpu_name(), threads, peak, 1024LL * u.ru_maxrss);
+    printf("{\"cpu\": \"%s\", \"threads\": %d, \"peak_gflops\": {\"float32\": %.6g, \"bfloat16\": %.6g}, "
+           "\"peak_rss_bytes\": %lld, \"results\": [",
+           sel_cpu_name(), threads, r->peak_gflops[SEL_FLOAT32], r->peak_gflops[SEL_BFLOAT16], 1024LL * u.ru_maxrss);
     for (int i = 0; i < r->n; i++) {
         const sel_bench_result *x = &r->rows[i];
         printf("%s\n {\"name\": \"%s\", ", i ? "," : "", x->name);
@@ -68,7 +69,7 @@ static void print_json(const sel_bench_results *r, int threads, double peak)
 }
 
 typedef struct {
-    const char *threads, *contexts, *config, *backend;
+    const char *threads, *contexts, *config, *backend, *dtypes;
     int64_t batch, heads, head_width, runs;
     bool json;
 } request;
@@ -108,6 +109,33 @@ static sel_status step_cases(const sel_bench *b, const request *r, const numbers
     return rc;
 }
 
+static const char *const dtype_names[] = { [SEL_FLOAT32] = "float32", [SEL_BFLOAT16] = "bfloat16" };
+
+/* All that was asked for on that many threads with operands of that type. */
+static sel_status run_cases(const char *what, const request *r, const sel_ops *ops, int threads, sel_dtype dtype,
+                            const numbers *contexts, sel_bench_results *out)
+{
+    sel_bench b = { .ops = ops, .dtype = dtype, .threads = threads, .runs = (int)r->runs };
+    const int from = out->n;
+    sel_status rc;
+
+    SEL_TRY(sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN, dtype,
+                            threads));
+    if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, out);
+    else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, out);
+    else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, out);
+    else rc = step_cases(&b, r, contexts, out);
+    if (rc == SEL_OK && !r->json) {
+        printf("%s, %d thread%s", sel_linear_library(b.engine), threads, threads == 1 ? "" : "s");
+        if (out->peak_gflops[dtype] > 0.0)
+            printf(", peak of %s matrix products %.0f GFLOP/s", dtype_names[dtype], out->peak_gflops[dtype]);
+        putchar('\n');
+        print_table(out, from);
+    }
+    sel_linear_close(&b.engine);
+    return rc;
+}
+
 static sel_status run(const char *what, const request *r, const numbers *threads, const numbers *contexts)
 {
     sel_bench_results out = { 0 };
@@ -118,28 +146,13 @@ static sel_status run(const char *what, const request *r, const numbers *threads
     if (rc != SEL_OK) return rc;
     sel_ops_init(&ops, level);
     for (int i = 0; rc == SEL_OK && i < threads->n; i++) rc = sel_cpu_check_threads(threads->at[i]);
-    for (int i = 0; rc == SEL_OK && i < threads->n; i++) {
-        sel_bench b = { .ops = &ops, .threads = (int)threads->at[i], .runs = (int)r->runs };
-        const int from = out.n;
-        rc = sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN,
-                             b.threads);
-        if (rc != SEL_OK) break;
-        if (!r->json && i == 0)
-            printf("%s, kernels for %s, %s; medians of %d rounds\n", sel_cpu_name(), sel_cpu_level_name(level),
-                   sel_linear_library(b.engine), b.runs);
-        if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, &out);
-        else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, &out);
-        else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, &out);
-        else rc = step_cases(&b, r, contexts, &out);
-        sel_linear_close(&b.engine);
-        if (rc == SEL_OK && !r->json) {
-            if (out.peak_gflops > 0.0)
-                printf("peak of matrix products, float32, %d thread%s: %.0f GFLOP/s\n", b.threads,
-                       b.threads == 1 ? "" : "s", out.peak_gflops);
-            print_table(&out, from);
-        }
-    }
-    if (rc == SEL_OK && r->json) print_json(&out, (int)threads->at[threads->n - 1], out.peak_gflops);
+    if (!r->json)
+        printf("%s, kernels for %s; medians of %d rounds\n", sel_cpu_name(), sel_cpu_level_name(level), (int)r->runs);
+    for (int i = 0; rc == SEL_OK && i < threads->n; i++)
+        for (int dtype = SEL_FLOAT32; rc == SEL_OK && dtype <= SEL_BFLOAT16; dtype++)
+            if (strstr(r->dtypes, dtype_names[dtype]))
+                rc = run_cases(what, r, &ops, (int)threads->at[i], (sel_dtype)dtype, contexts, &out);
+    if (rc == SEL_OK && r->json) print_json(&out, (int)threads->at[threads->n - 1]);
     sel_bench_free(&out);
     return rc;
 }
@@ -148,7 +161,8 @@ int sel_cmd_bench(int argc, char **argv)
 {
     char all[16];
     snprintf(all, sizeof all, "%d", sel_cpu_threads());
-    request r = { .threads = all, .contexts = NULL, .backend = "onednn", .heads = 12, .head_width = 64, .runs = 21 };
+    request r = { .threads = all, .contexts = NULL, .backend = "onednn", .dtypes = "float32", .heads = 12,
+                  .head_width = 64, .runs = 21 };
     const sel_option options[] = {
         { "threads", SEL_OPT_TEXT, &r.threads, 0, "1,2", "thread counts, one after another (all processors)" },
         { "context", SEL_OPT_TEXT, &r.contexts, 0, "512,1024", "attention, step: tokens of a sequence (512,1024,2048; 512)" },
@@ -156,6 +170,7 @@ int sel_cmd_bench(int argc, char **argv)
         { "heads", SEL_OPT_INTEGER, &r.heads, 1, "H", "attention: heads (12)" },
         { "head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)" },
         { "runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)" },
+        { "dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)" },
         { "backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)" },
         { "json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object" },
     };
@@ -185,6 +200,9 @@ int sel_cmd_bench(int argc, char **argv)
         return sel_options_mistake(&command, "--context: expected numbers such as 512,1024, got \"%s\"", r.contexts);
     if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0)
         return sel_options_mistake(&command, "--backend: expected onednn or openblas, got \"%s\"", r.backend);
+
+    if (!strstr(r.dtypes, "float32") && !strstr(r.dtypes, "bfloat16"))
+        return sel_options_mistake(&command, "--dtype: expected float32, bfloat16 or both, got \"%s\"", r.dtypes);
 
     const sel_status rc = run(what, &r, &threads, &contexts);
     if (rc != SEL_OK) fprintf(stderr, "selectra bench: %s\n", sel_error());

@@ -18,8 +18,12 @@ typedef struct {
     const char *data, *text, *logprobs;
     bool json;
     int64_t threads;
-    FILE *rows;              /* of --logprobs; NULL: not wanted */
 } request;
+
+typedef struct {
+    const char *path;
+    FILE *file;
+} rows;
 
 typedef struct {
     sel_batch_stats sum;
@@ -35,7 +39,8 @@ static void warn(void *ctx, const char *line)
 /* One line a window (spec, section 16). */
 static sel_status write_row(void *ctx, int64_t window, const int32_t *tokens, const double *logp, int64_t n)
 {
-    FILE *f = ctx;
+    const rows *r = ctx;
+    FILE *const f = r->file;
     fprintf(f, "{\"window\": %" PRId64 ", \"input_ids\": [", window);
     for (int64_t i = 0; i < n; i++) fprintf(f, i ? ", %d" : "%d", tokens[i]);
     fputs("], \"target_ids\": [", f);
@@ -43,7 +48,7 @@ static sel_status write_row(void *ctx, int64_t window, const int32_t *tokens, co
     fputs("], \"logprobs\": [", f);
     for (int64_t i = 0; i < n; i++) fprintf(f, i ? ", %.9g" : "%.9g", logp[i]);
     fputs("]}\n", f);
-    return ferror(f) ? sel_fail(SEL_EIO, "writing the log-probabilities failed") : SEL_OK;
+    return ferror(f) ? sel_fail(SEL_EIO, "%s: writing failed: %s", r->path, strerror(errno)) : SEL_OK;
 }
 
 static sel_status eval_corpus(const sel_loaded *l, const sel_score_job *job, const char *dir, outcome *o)
@@ -82,18 +87,37 @@ static sel_status eval_text(const sel_loaded *l, const sel_score_job *job, const
     return rc;
 }
 
+/* [collective] Rank 0 looks for the checkpoint, so that all ranks take the same one: its step folder into `step`. */
+static sel_status find_for_all(const char *path, sel_comm *c, char step[SEL_PATH_MAX])
+{
+    sel_manifest m = { 0 };
+    const sel_status rc = sel_comm_rank(c) == 0 ? sel_checkpoint_find(&m, path, warn, NULL) : SEL_OK;
+    snprintf(step, SEL_PATH_MAX, "%s", m.path);
+    sel_manifest_free(&m);
+    SEL_TRY(sel_comm_agree(c, rc));
+    sel_comm_bcast(c, step, SEL_PATH_MAX, 0);
+    return SEL_OK;
+}
+
 /* [collective] */
 static sel_status evaluate(const request *r, const char *path, sel_comm *c, outcome *o)
 {
+    const bool alone = sel_comm_size(c) == 1;
+    rows logprobs = { .path = r->logprobs };
+    char step[SEL_PATH_MAX];
     sel_loaded l;
     sel_model *m = NULL;
-    SEL_TRY(sel_comm_agree(c, sel_loaded_open(&l, path, r->threads, warn, NULL)));
+
+    SEL_TRY(find_for_all(path, c, step));
+    const int64_t share = sel_cpu_threads() / sel_comm_host_size(c), threads = share > 0 ? share : 1;
+    SEL_TRY(sel_comm_agree(c, sel_loaded_open(&l, step, r->threads ? r->threads : threads, NULL, NULL)));
 
     const int64_t N = l.layout->dims.N, batch = BATCH_TOKENS / N > 0 ? BATCH_TOKENS / N : 1;
     sel_status rc = sel_comm_agree(c, sel_loaded_model(&l, SEL_USE_SCORE, batch, N, &m));
     const sel_score_job job = { .model = m, .params = l.params, .batch = batch, .N = N,
-                                .comm = sel_comm_size(c) > 1 ? c : NULL, .each = r->rows ? write_row : NULL,
-                                .ctx = r->rows };
+                                .comm = alone ? NULL : c, .each = r->logprobs ? write_row : NULL, .ctx = &logprobs };
+    if (rc == SEL_OK && r->logprobs && !(logprobs.file = fopen(r->logprobs, "w")))
+        rc = sel_fail(SEL_EUSER, "%s: cannot be written: %s", r->logprobs, strerror(errno));
     if (rc == SEL_OK && r->text) {
         rc = eval_text(&l, &job, r->text, o);
     } else if (rc == SEL_OK) {
@@ -102,19 +126,32 @@ static sel_status evaluate(const request *r, const char *path, sel_comm *c, outc
                     : sel_fail(SEL_EUSER, "nothing to evaluate on: --data PACKED or --text FILE (the model's "
                                "configuration names no data.validation)");
     }
+    if (logprobs.file && fclose(logprobs.file) != 0 && rc == SEL_OK)
+        rc = sel_fail(SEL_EIO, "%s: writing failed: %s", r->logprobs, strerror(errno));
     sel_model_free(&m);
     sel_loaded_close(&l);
     return rc;
+}
+
+enum { NUMBER = 32 };
+
+/* JSON has no infinity: null. */
+static const char *number(char out[NUMBER], double x)
+{
+    snprintf(out, NUMBER, isfinite(x) ? "%.9g" : "null", x);
+    return out;
 }
 
 static void print(const request *r, const outcome *o)
 {
     const double loss = o->sum.loss / (double)o->sum.tokens, accuracy = (double)o->sum.correct / (double)o->sum.tokens;
     const double bits = o->sum.loss / log(2.0) / (double)o->bytes;
-    if (r->json)
-        printf("{\"loss\": %.9g, \"perplexity\": %.9g, \"accuracy\": %.9g, \"tokens\": %" PRId64 ", \"bytes\": %" PRId64
-               ", \"bits_per_byte\": %.9g}\n", loss, exp(loss), accuracy, o->sum.tokens, o->bytes, bits);
-    else
+    if (r->json) {
+        char text[4][NUMBER];
+        printf("{\"loss\": %s, \"perplexity\": %s, \"accuracy\": %s, \"tokens\": %" PRId64 ", \"bytes\": %" PRId64
+               ", \"bits_per_byte\": %s}\n", number(text[0], loss), number(text[1], exp(loss)), number(text[2], accuracy),
+               o->sum.tokens, o->bytes, number(text[3], bits));
+    } else
         printf("loss %.5f nats a token, perplexity %.3f, accuracy %.2f%%, %.4f bits a byte (%" PRId64 " tokens, %" PRId64
                " bytes)\n", loss, exp(loss), 100.0 * accuracy, bits, o->sum.tokens, o->bytes);
 }
@@ -150,14 +187,9 @@ int sel_cmd_eval(int argc, char **argv)
         return SEL_EXIT_FAILURE;
     }
     const bool first = sel_comm_rank(c) == 0;
-    if (r.logprobs && sel_comm_size(c) > 1) {
+    if (r.logprobs && sel_comm_size(c) > 1)
         rc = sel_fail(SEL_EUSER, "--logprobs: needs one rank (the lines are in stream order)");
-    } else if (r.logprobs && !(r.rows = fopen(r.logprobs, "w"))) {
-        rc = sel_fail(SEL_EUSER, "%s: cannot be written: %s", r.logprobs, strerror(errno));
-    }
     if (rc == SEL_OK) rc = evaluate(&r, argv[1], c, &o);
-    if (r.rows && fclose(r.rows) != 0 && rc == SEL_OK)
-        rc = sel_fail(SEL_EIO, "%s: writing failed: %s", r.logprobs, strerror(errno));
     if (first && rc == SEL_OK) print(&r, &o);
     if (first && rc != SEL_OK) fprintf(stderr, "selectra eval: %s\n", sel_error());
     sel_comm_close(&c);

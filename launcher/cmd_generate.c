@@ -46,14 +46,15 @@ static sel_status generate(const request *r, const sel_loaded *l, outcome *o)
     sel_status rc = sel_tokenizer_encode(l->tokenizer, r->prompt, strlen(r->prompt), &prompt, &n, &capacity);
     if (rc != SEL_OK) goto out;
     o->n = (int64_t)n + 1;
-    o->ids = malloc((n + 1 + (size_t)r->tokens) * sizeof *o->ids);
-    o->logp = malloc(((size_t)r->tokens + 1) * sizeof *o->logp);
+    const size_t context = (size_t)l->layout->dims.N;   /* no more can be made, whatever was asked for */
+    o->ids = malloc((n + 2 + context) * sizeof *o->ids);
+    o->logp = malloc((context + 1) * sizeof *o->logp);
     if (!o->ids || !o->logp) {
-        rc = sel_fail(SEL_ENOMEM, "no memory for %" PRId64 " tokens", r->tokens);
+        rc = sel_fail(SEL_ENOMEM, "no memory for %zu tokens", context);
         goto out;
     }
     o->ids[0] = sel_tokenizer_bos(l->tokenizer);
-    memcpy(o->ids + 1, prompt, n * sizeof *prompt);
+    if (n) memcpy(o->ids + 1, prompt, n * sizeof *prompt);
     const double begun = sel_now();
     rc = sel_generate(l, o->ids, o->n, &options, o->ids + o->n, o->logp, &o->made, &o->stop);
     o->seconds = sel_now() - begun;
@@ -64,10 +65,8 @@ out:
 }
 
 /* The form of `eval --logprobs`, for the generated tokens alone. */
-static sel_status write_logprobs(const char *path, const outcome *o)
+static sel_status write_logprobs(const char *path, FILE *f, const outcome *o)
 {
-    FILE *f = fopen(path, "w");
-    if (!f) return sel_fail(SEL_EUSER, "%s: cannot be written: %s", path, strerror(errno));
     fputs("{\"window\": 0, \"input_ids\": [", f);
     for (int64_t i = 0; i < o->made; i++) fprintf(f, i ? ", %d" : "%d", o->ids[o->n - 1 + i]);
     fputs("], \"target_ids\": [", f);
@@ -77,6 +76,38 @@ static sel_status write_logprobs(const char *path, const outcome *o)
     fputs("]}\n", f);
     const bool failed = ferror(f);
     return fclose(f) != 0 || failed ? sel_fail(SEL_EIO, "%s: writing failed", path) : SEL_OK;
+}
+
+/* Bytes of the character that text begins with; 0 where they are not UTF-8. */
+static size_t character(const char *text)
+{
+    const unsigned char c = (unsigned char)text[0];
+    const size_t n = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c >= 0xf0 && c < 0xf5 ? 4 : 0;
+    for (size_t i = 1; i < n; i++)
+        if (((unsigned char)text[i] & 0xc0) != 0x80) return 0;
+    const unsigned char second = n > 2 ? (unsigned char)text[1] : 0;
+    const bool wrong = (c == 0xe0 && second < 0xa0) || (c == 0xed && second > 0x9f) || (c == 0xf0 && second < 0x90) ||
+                       (c == 0xf4 && second > 0x8f);
+    return wrong ? 0 : n;
+}
+
+/* A copy in which bytes that make no character (a byte-level piece cut off from its fellows) are U+FFFD; freed by the
+   caller. */
+static char *whole_characters(const char *text)
+{
+    char *const out = malloc(3 * strlen(text) + 1), *to = out;
+    while (out && *text) {
+        const size_t n = character(text);
+        if (n) {
+            to = mempcpy(to, text, n);
+            text += n;
+        } else {
+            to = mempcpy(to, "\xef\xbf\xbd", 3);
+            text++;
+        }
+    }
+    if (out) *to = '\0';
+    return out;
 }
 
 static sel_status print(const request *r, const outcome *o)
@@ -89,18 +120,18 @@ static sel_status print(const request *r, const outcome *o)
             fprintf(stderr, "selectra generate: the model's context is full after %" PRId64 " tokens\n", o->made);
         return SEL_OK;
     }
-    json_t *ids = json_array();
-    for (int64_t i = 0; ids && i < o->made; i++) json_array_append_new(ids, json_integer(o->ids[o->n + i]));
-    json_t *all = json_pack("{s:s, s:s, s:o, s:I, s:s, s:f}", "prompt", r->prompt, "text", o->text, "ids", ids, "tokens",
-                            (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second",
-                            (double)o->made / o->seconds);
-    if (!all) {
-        /* A byte-level piece cut off in the middle of a character is not text. */
-        all = json_pack("{s:s, s:n, s:o, s:I, s:s, s:f}", "prompt", r->prompt, "text", "ids", ids, "tokens",
-                        (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second",
-                        (double)o->made / o->seconds);
+    json_t *const prompt = json_string(r->prompt), *ids = json_array();
+    if (!prompt) {
+        json_decref(ids);
+        return sel_fail(SEL_EUSER, "--prompt: is not UTF-8 text");
     }
-    if (!all) return sel_fail(SEL_EUSER, "--prompt: is not UTF-8 text");
+    for (int64_t i = 0; ids && i < o->made; i++) json_array_append_new(ids, json_integer(o->ids[o->n + i]));
+    char *const text = whole_characters(o->text);
+    json_t *const all = json_pack("{s:o, s:s, s:o, s:I, s:s, s:f}", "prompt", prompt, "text", text ? text : "", "ids", ids,
+                                  "tokens", (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second",
+                                  (double)o->made / o->seconds);
+    free(text);
+    if (!all) return sel_fail(SEL_ENOMEM, "no memory for the JSON object");
     json_dumpf(all, stdout, JSON_REAL_PRECISION(6));
     putchar('\n');
     json_decref(all);
@@ -140,8 +171,11 @@ int sel_cmd_generate(int argc, char **argv)
 
     sel_status rc = sel_loaded_open(&l, argv[1], r.threads, warn, NULL);
     if (rc == SEL_OK) {
-        rc = generate(&r, &l, &o);
-        if (rc == SEL_OK && r.logprobs) rc = write_logprobs(r.logprobs, &o);
+        FILE *const rows = r.logprobs ? fopen(r.logprobs, "w") : NULL;   /* known to be writable before the work */
+        if (r.logprobs && !rows) rc = sel_fail(SEL_EUSER, "%s: cannot be written: %s", r.logprobs, strerror(errno));
+        if (rc == SEL_OK) rc = generate(&r, &l, &o);
+        if (rc == SEL_OK && rows) rc = write_logprobs(r.logprobs, rows, &o);
+        else if (rows) fclose(rows);
         if (rc == SEL_OK) rc = print(&r, &o);
         sel_loaded_close(&l);
     }

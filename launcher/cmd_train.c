@@ -10,11 +10,16 @@
 #include "core/config/config.h"
 #include "core/train/train.h"
 #include "launcher/launcher.h"
+#include "launcher/options.h"
 #include "sel_version.h"
 
 static volatile sig_atomic_t signal_seen;
 
-static void note_signal(int number) { signal_seen = number; }
+static void note_signal(int number)
+{
+    if (number == SIGINT && signal_seen == SIGINT) _exit(130);   /* a second Ctrl-C does not wait for the save */
+    signal_seen = number;
+}
 
 /* TERM, INT, USR1, USR2 to any rank: finish the step, save, exit 85. */
 static void catch_signals(void)
@@ -138,12 +143,14 @@ int sel_cmd_train(int argc, char **argv)
     sel_config config;
     sel_train_result result = { 0 };
 
-    if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
-        usage();
-        return SEL_EXIT_DONE;
-    }
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            usage();
+            return SEL_EXIT_DONE;
+        }
     if (argc < 2) {
-        fprintf(stderr, "selectra train: CONFIG is missing (usage: selectra train CONFIG [key=value ...])\n");
+        if (sel_options_speaks())
+            fprintf(stderr, "selectra train: CONFIG is missing (usage: selectra train CONFIG [key=value ...])\n");
         return SEL_EXIT_USER;
     }
     if (sel_comm_open(&c, &argc, &argv) != SEL_OK) {

@@ -19,7 +19,7 @@ int sel_cmd_version(int argc, char **argv)
     printf("selectra %s (%s), %s, %s\n", SEL_VERSION, SEL_COMMIT, SEL_COMPILER, SEL_BUILD_TYPE);
     printf("%s\n", sel_comm_library());
     for (int backend = SEL_LINEAR_ONEDNN; backend <= SEL_LINEAR_OPENBLAS; backend++) {
-        if (sel_linear_open(&e, (sel_linear_backend)backend, 1) != SEL_OK) {
+        if (sel_linear_open(&e, (sel_linear_backend)backend, SEL_FLOAT32, 1) != SEL_OK) {
             fprintf(stderr, "selectra version: %s\n", sel_error());
             return SEL_EXIT_FAILURE;
         }

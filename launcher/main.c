@@ -1,4 +1,6 @@
 /* main.c: the program: finds the subcommand, in the manner of git. */
+#include <errno.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include "launcher/launcher.h"
@@ -21,10 +23,20 @@ enum { COMMANDS = sizeof commands / sizeof commands[0] };
 
 static void usage(FILE *to)
 {
+    if (!sel_options_speaks()) return;
     fprintf(to, "usage: selectra COMMAND [ARGUMENTS]\n\n");
     for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].help);
     fprintf(to, "\n`selectra COMMAND --help` tells the rest.\n"
                 "exit status: 0 done; 1 failure; 2 a mistake in what was asked; 85 saved on request, to be continued\n");
+}
+
+/* What was printed must have arrived: a full disk behind a redirection is a failure. */
+static int finish(const char *command, int status)
+{
+    const bool failed = fflush(stdout) != 0 || ferror(stdout);
+    if (!failed || status != SEL_EXIT_DONE) return status;
+    fprintf(stderr, "selectra %s: standard output cannot be written: %s\n", command, strerror(errno));
+    return SEL_EXIT_FAILURE;
 }
 
 int main(int argc, char **argv)
@@ -41,11 +53,12 @@ int main(int argc, char **argv)
     }
     if (strcmp(argv[1], "--version") == 0) return sel_cmd_version(argc - 1, argv + 1);
     for (int i = 0; i < COMMANDS; i++) {
-        if (strcmp(argv[1], commands[i].name) == 0) return commands[i].run(argc - 1, argv + 1);
+        if (strcmp(argv[1], commands[i].name) == 0) return finish(argv[1], commands[i].run(argc - 1, argv + 1));
         names[i] = commands[i].name;
     }
     const char *near = sel_options_nearest(argv[1], names, COMMANDS);
-    fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "", near ? near : "",
-            near ? "?" : " (selectra --help lists them)");
+    if (sel_options_speaks())
+        fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "", near ? near : "",
+                near ? "?" : " (selectra --help lists them)");
     return SEL_EXIT_USER;
 }

@@ -44,8 +44,19 @@ const char *sel_options_nearest(const char *word, const char *const *names, int 
     return near;
 }
 
+bool sel_options_speaks(void)
+{
+    static const char *const ranks[] = { "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK" };
+    for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; i++) {
+        const char *rank = getenv(ranks[i]);
+        if (rank) return strcmp(rank, "0") == 0;
+    }
+    return true;
+}
+
 static void usage(const sel_command *c)
 {
+    if (!sel_options_speaks()) return;
     printf("usage: %s %s\n", c->command, c->arguments);
     if (c->about) printf("\n%s\n", c->about);
     if (c->n_options) printf("\n");
@@ -60,6 +71,7 @@ static void usage(const sel_command *c)
 int sel_options_mistake(const sel_command *c, const char *fmt, ...)
 {
     va_list args;
+    if (!sel_options_speaks()) return 2;
     fprintf(stderr, "%s: ", c->command);
     va_start(args, fmt);
     vfprintf(stderr, fmt, args);

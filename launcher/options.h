@@ -36,7 +36,11 @@ typedef enum { SEL_PARSED, SEL_PARSED_HELP, SEL_PARSED_WRONG } sel_parsed;
    with 0); a mistake is said in one line on stderr (WRONG: exit with 2). */
 sel_parsed sel_options_parse(const sel_command *c, int argc, char **argv, int *n_positional);
 
-/* One line on stderr, "COMMAND: ..."; returns exit status 2. */
+/* Whether this process speaks for its job: before MPI starts the launcher's environment tells the rank, and a mistake that
+   all ranks see is said by the first. */
+bool sel_options_speaks(void);
+
+/* One line on stderr, "COMMAND: ..." (of the first rank); returns exit status 2. */
 __attribute__((format(printf, 2, 3)))
 int sel_options_mistake(const sel_command *c, const char *fmt, ...);
 

@@ -1,4 +1,4 @@
-/* adamw_c.c: operations on long flat arrays: AdamW, sum of squares, addition.
+/* adamw_c.c: operations on long flat arrays: AdamW, sum of squares, addition, rounding.
  *
  * AdamW is elementwise, and compiled without fused multiply-add (CMakeLists.txt): an element's result depends
  * neither on where it lies in the call nor on the level, so threads and ranks may share the arrays in any way.
@@ -11,6 +11,14 @@ static void add(float *restrict y, const float *restrict x, int64_t n, int threa
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+static void to_bfloat16(uint16_t *restrict y, const float *restrict x, int64_t n, int threads)
+{
+    const int64_t whole = n / VL * VL;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < whole; i += VL) vstore_bf16(y + i, vload(x + i), VL);
+    if (whole < n) vstore_bf16(y + whole, vload_n(x + whole, n - whole), n - whole);
 }
 
 /* Constants of a step, worked out in double and rounded once to float32. */
@@ -106,6 +114,7 @@ static double sum_squares(const float *x, int64_t n, int threads)
 void SEL_FN(sel_ops_adamw_init)(sel_ops *ops)
 {
     ops->add = add;
+    ops->to_bfloat16 = to_bfloat16;
     ops->adamw = adamw;
     ops->sum_squares = sum_squares;
 }

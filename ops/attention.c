@@ -19,6 +19,15 @@ int64_t sel_attention_carries(int64_t rows)
     return tiles ? ceil_div(tiles, tiles_a_group(tiles)) : 0;
 }
 
+/* The most carries that a call of up to `rows` rows saves: not those of `rows` itself, which may be in larger groups. */
+static int64_t most_carries(int64_t rows)
+{
+    const int64_t tiles = ceil_div(rows, TILE);
+    return tiles < MOST_CARRIES ? tiles : MOST_CARRIES;
+}
+
+int64_t sel_attention_saved_size(int64_t rows) { return most_carries(rows) * rows; }
+
 /* Takes n floats at *end, on a cache line, and returns where they start. */
 static int64_t take(int64_t *end, int64_t n)
 {
@@ -39,13 +48,15 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
     p.group = tiles_a_group(p.tiles);
     p.groups = ceil_div(p.tiles, p.group);
     p.dhp = round_up(dh, LANES);
-    p.padded = p.dhp != dh;
+    p.copied = p.dhp != dh || a->bfloat16;
 
     if (!backward) {
         p.qt = take(&end, H * dh * TILE);
         p.ot = take(&end, H * dh * TILE);
         p.ml = take(&end, 2 * H * TILE);
         p.tile = take(&end, square);
+        p.krows = take(&end, a->bfloat16 ? TILE * dh : 0);
+        p.vrows = take(&end, a->bfloat16 ? TILE * dh : 0);
         if (a->selective) {
             p.f = take(&end, SUPER * square);
             p.carry = take(&end, a->i1);
@@ -61,22 +72,23 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         }
         p.dk = take(&end, a->kv_heads * TILE * p.dhp);
         p.dv = take(&end, a->kv_heads * TILE * p.dhp);
-        p.kpad = take(&end, p.padded ? a->kv_heads * TILE * p.dhp : 0);
+        p.kcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
+        p.vcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.dq = take(&end, p.tiles * TILE * H * p.dhp);
     }
     p.thread_size = end;
     end *= a->threads;
 
     if (!backward) {
-        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? p.groups * a->i1 : 0);
+        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
         int64_t pack = 0;
         p.qt_all = take(&pack, p.tiles * H * dh * TILE);
         p.dot_all = take(&pack, p.tiles * H * dh * TILE);
         p.lse_all = take(&pack, p.tiles * H * TILE);
         p.delta_all = take(&pack, p.tiles * H * TILE);
-        p.q_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
-        p.dout_rows = take(&pack, p.padded ? p.rows * H * p.dhp : 0);
+        p.q_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
+        p.dout_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
         p.pack0 = end;
         p.pack_size = pack;
         end += pack * (a->B >= a->threads ? a->threads : 1);
@@ -125,7 +137,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
     p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
     if (!backward) {
-        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? p.groups * a->i1 : 0);
+        p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
         p.k_pairs = take(&pack, p.columns * TILE * kv / 2);
         p.qt_all = take(&pack, p.tiles * H * dh * TILE);

@@ -20,6 +20,9 @@
    at most 64, so O(N) memory; the carries inside a group are rebuilt from head 0. */
 int64_t sel_attention_carries(int64_t rows);
 
+/* Floats that `saved` takes for any call of up to `rows` rows, a sequence (fewer rows may save more carries). */
+int64_t sel_attention_saved_size(int64_t rows);
+
 typedef struct {
     /* Shape.  Rows [i0, i1) attend to keys [0, i1).  heads is a multiple of kv_heads. */
     int64_t B, heads, kv_heads, dh;
@@ -60,6 +63,10 @@ typedef struct {
     double tau;
     double *m_max;
     int64_t *m_row;
+
+    /* Operands of the matrix products (q, k, v, dout, P, dZ) are rounded to bfloat16; all else, sums included, stays
+       float32 (spec, section 3).  Arrays are float32 either way. */
+    bool bfloat16;
 
     /* Scratch of sel_attention_workspace bytes, 64-byte aligned. */
     void *workspace;

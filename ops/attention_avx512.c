@@ -4,19 +4,19 @@
 #include "ops/attention_words_backward.h"
 #include "ops/levels.h"
 
-/* What this kernel does not cover is the portable one's, which is in the table already. */
+/* What this kernel does not cover, and bfloat16 operands, are the portable one's, which is in the table already. */
 static sel_attention_forward_fn *portable_forward;
 static sel_attention_backward_fn *portable_backward;
 
 static void attention_forward(const sel_attention *a)
 {
-    if (attention_fits_words(a)) forward_words(a);
+    if (!a->bfloat16 && attention_fits_words(a)) forward_words(a);
     else portable_forward(a);
 }
 
 static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (attention_fits_words(a)) backward_words(a, g);
+    if (!a->bfloat16 && attention_fits_words(a)) backward_words(a, g);
     else portable_backward(a, g);
 }
 

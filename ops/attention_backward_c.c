@@ -27,24 +27,33 @@ typedef struct {
 
 static int64_t kv_head(const sel_attention *a, int64_t h) { return h * a->kv_heads / a->heads; }
 
-/* Rows of q or dout with their dh values in the lanes: as they lie, or the padded copy. */
+/* Rows of q or dout with their dh values in the lanes: as they lie, or copied (padded, rounded). */
 static const float *query_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
 {
-    *stride = w->p->padded ? w->a->heads * w->p->dhp : w->a->q_row;
-    return w->p->padded ? w->pack + w->p->q_rows + (row * w->a->heads + h) * w->p->dhp
+    *stride = w->p->copied ? w->a->heads * w->p->dhp : w->a->q_row;
+    return w->p->copied ? w->pack + w->p->q_rows + (row * w->a->heads + h) * w->p->dhp
                         : w->a->q + w->b * w->a->q_seq + row * w->a->q_row + h * w->a->dh;
 }
 static const float *dout_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
 {
-    *stride = w->p->padded ? w->a->heads * w->p->dhp : w->a->out_row;
-    return w->p->padded ? w->pack + w->p->dout_rows + (row * w->a->heads + h) * w->p->dhp
+    *stride = w->p->copied ? w->a->heads * w->p->dhp : w->a->out_row;
+    return w->p->copied ? w->pack + w->p->dout_rows + (row * w->a->heads + h) * w->p->dhp
                         : w->g->dout + w->b * w->a->out_seq + row * w->a->out_row + h * w->a->dh;
 }
 
-static void copy_padded(float *to, const float *from, int64_t n, int64_t padded)
+/* Rows of column tile J of k or v, *row apart, key heads *head apart: as they lie, or copied (padded, rounded). */
+static const float *column_rows(const job *w, int64_t J, const float *x, int64_t x_row, float *copy, int64_t *row,
+                                int64_t *head)
 {
-    for (int64_t d = 0; d < n; d++) to[d] = from[d];
-    for (int64_t d = n; d < padded; d++) to[d] = 0.0f;
+    const sel_attention *a = w->a;
+    const int64_t dh = a->dh, dhp = w->p->dhp, left = a->i1 - J * TILE;
+    *row = w->p->copied ? dhp : x_row;
+    *head = w->p->copied ? TILE * dhp : dh;
+    if (!w->p->copied) return x + J * TILE * x_row;
+    for (int64_t kh = 0; kh < a->kv_heads; kh++)
+        for (int64_t j = 0; j < TILE && j < left; j++)
+            copy_padded(copy + (kh * TILE + j) * dhp, x + (J * TILE + j) * x_row + kh * dh, dh, dhp, a->bfloat16);
+    return copy;
 }
 
 /* Packs row tile I: Q^T (scaled) and dO^T of all heads, lse, delta = rowsum(dO o out). */
@@ -62,9 +71,9 @@ static void pack_tile(const job *w, int64_t I)
         const float *out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
         float *const lse = w->pack + p->lse_all + slot * TILE, *const delta = w->pack + p->delta_all + slot * TILE;
 
-        transpose_rows(w->pack + p->qt_all + slot * dh * TILE, q, a->q_row, t.rows, dh,
-                       (float)(1.0 / sqrt((double)dh)));
-        transpose_rows(w->pack + p->dot_all + slot * dh * TILE, dout, a->out_row, t.rows, dh, 1.0f);
+        transpose_rows(w->pack + p->qt_all + slot * dh * TILE, q, a->q_row, t.rows, dh, query_scale(a),
+                       a->bfloat16);
+        transpose_rows(w->pack + p->dot_all + slot * dh * TILE, dout, a->out_row, t.rows, dh, 1.0f, a->bfloat16);
         for (int i = 0; i < TILE; i++) {
             float sum = 0.0f;
             if (i < t.rows)
@@ -72,10 +81,10 @@ static void pack_tile(const job *w, int64_t I)
             delta[i] = sum;
             lse[i] = i < t.rows ? a->lse[(w->b * H + h) * p->rows + row + i] : UNSEEN;
         }
-        for (int i = 0; p->padded && i < t.rows; i++) {
+        for (int i = 0; p->copied && i < t.rows; i++) {
             const int64_t at = ((row + i) * H + h) * p->dhp;
-            copy_padded(w->pack + p->q_rows + at, q + i * a->q_row, dh, p->dhp);
-            copy_padded(w->pack + p->dout_rows + at, dout + i * a->out_row, dh, p->dhp);
+            copy_padded(w->pack + p->q_rows + at, q + i * a->q_row, dh, p->dhp, a->bfloat16);
+            copy_padded(w->pack + p->dout_rows + at, dout + i * a->out_row, dh, p->dhp, a->bfloat16);
         }
     }
 }
@@ -138,6 +147,11 @@ static void selection_gradient(const sel_attention *a, const tile_place *t, cons
     }
 }
 
+static void round_tile(const tile_place *t, float *X)
+{
+    for (int j = 0; j < t->cols; j++) round_values(X + j * TILE, t->lanes);
+}
+
 /* One column tile: its dK and dV, its part of every row's dQ. */
 static void backward_column(const job *w, int64_t J)
 {
@@ -148,15 +162,14 @@ static void backward_column(const job *w, int64_t J)
     float *const P = w->scratch + p->p, *const Z = w->scratch + p->dz, *const G = w->scratch + p->g;
     float *const panel = w->scratch + p->l0, *const Fs = w->scratch + p->f;
     float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const dQ = w->scratch + p->dq;
-    float *const kpad = w->scratch + p->kpad;
-    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
+    int64_t k_row, v_row, k_head, v_head;
+    const float *const k = column_rows(w, J, a->k + w->b * a->k_seq, a->k_row, w->scratch + p->kcopy, &k_row, &k_head);
+    const float *const v = column_rows(w, J, a->v + w->b * a->v_seq, a->v_row, w->scratch + p->vcopy, &v_row, &v_head);
     const bool memory = a->selective && a->tau > 0.0 && w->g->memory_coef != 0.0f;
     float dcarry[TILE] = { 0 }, carry_here[TILE];
 
     memset(dK, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dK);
     memset(dV, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dV);
-    for (int64_t kh = 0; p->padded && kh < a->kv_heads; kh++)
-        for (int j = 0; j < cols; j++) copy_padded(kpad + (kh * TILE + j) * dhp, k + j * a->k_row + kh * dh, dh, dhp);
     if (a->selective && w->g->dcarry_in) memcpy(dcarry, w->g->dcarry_in + w->b * a->carry_seq + j0, (size_t)cols * 4);
 
     for (int64_t group = p->groups - 1; group >= 0; group--) {
@@ -171,8 +184,7 @@ static void backward_column(const job *w, int64_t J)
                 if (J < first || J >= end) continue;
                 const tile_place t = place_tile(a, I, J);
                 float *const L0 = panel + (I - I0) * square, *const F = Fs + (I - I0) * square;
-                product(t.cols, t.lanes, dh, k, a->k_row, 1, w->pack + p->qt_all + I * H * dh * TILE, TILE, L0, TILE,
-                        false);
+                logits_tile(a, &t, k, k_row, w->pack + p->qt_all + I * H * dh * TILE, L0);
                 select_tile(a, &t, L0, F, carry_here - j0);
             }
         }
@@ -190,24 +202,26 @@ static void backward_column(const job *w, int64_t J)
             }
             for (int64_t n = 0; n < H; n++) {
                 const int64_t h = (n + 1) % H, kh = kv_head(a, h), slot = I * H + h;
-                const float *const kr = k + kh * dh;
                 int64_t stride;
 
                 if (!a->selective || h != 0)
-                    product(t.cols, t.lanes, dh, kr, a->k_row, 1, w->pack + p->qt_all + slot * dh * TILE, TILE, P,
-                            TILE, false);
-                product(t.cols, t.lanes, dh, v + kh * dh, a->v_row, 1, w->pack + p->dot_all + slot * dh * TILE, TILE,
+                    logits_tile(a, &t, k + kh * k_head, k_row, w->pack + p->qt_all + slot * dh * TILE, P);
+                product(t.cols, t.lanes, dh, v + kh * v_head, v_row, 1, w->pack + p->dot_all + slot * dh * TILE, TILE,
                         Z, TILE, false);
                 softmax_gradient(&t, a->selective && h == 0 ? L0 : P, F, P, Z, a->selective ? G : NULL,
                                  w->pack + p->lse_all + slot * TILE, w->pack + p->delta_all + slot * TILE);
                 if (a->selective && h == 0) selection_gradient(a, &t, L0, G, Z, dcarry);
+                if (a->bfloat16) {      /* as operands only: dZ, G and dF were made of the unrounded values */
+                    round_tile(&t, P);
+                    round_tile(&t, Z);
+                }
 
                 const float *rows = dout_rows(w, h, I * TILE, &stride);
                 product(t.cols, dhp, t.rows, P, TILE, 1, rows, stride, dV + kh * TILE * dhp, dhp, true);
                 rows = query_rows(w, h, I * TILE, &stride);
                 product(t.cols, dhp, t.rows, Z, TILE, 1, rows, stride, dK + kh * TILE * dhp, dhp, true);
-                product(t.rows, dhp, t.cols, Z, 1, TILE, p->padded ? kpad + kh * TILE * dhp : kr,
-                        p->padded ? dhp : a->k_row, dQ + (I * TILE * H + h) * dhp, H * dhp, true);
+                product(t.rows, dhp, t.cols, Z, 1, TILE, k + kh * k_head, k_row, dQ + (I * TILE * H + h) * dhp,
+                        H * dhp, true);
             }
         }
     }

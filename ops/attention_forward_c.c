@@ -33,6 +33,24 @@ static const float *value(const job *w, int64_t h, int64_t col)
     return w->a->v + w->b * w->a->v_seq + col * w->a->v_row + h * w->a->kv_heads / w->a->heads * w->a->dh;
 }
 
+/* Rows of a column tile's keys or values, *stride apart: as they lie, or copied and rounded to bfloat16. */
+static const float *operand_rows(const job *w, const tile_place *t, const float *rows, float *copy, int64_t *stride)
+{
+    const int64_t dh = w->a->dh;
+    if (!w->a->bfloat16) return rows;
+    for (int j = 0; j < t->cols; j++) copy_padded(copy + j * dh, rows + j * *stride, dh, dh, true);
+    *stride = dh;
+    return copy;
+}
+
+/* Logits of a tile and head. */
+static void head_logits(const job *w, const tile_place *t, int64_t h, const float *Qt, float *X)
+{
+    int64_t stride = w->a->k_row;
+    const float *const K = operand_rows(w, t, key(w, h, t->col0), w->scratch + w->p->krows, &stride);
+    logits_tile(w->a, t, K, stride, Qt, X);
+}
+
 /* Subtracts F (NULL: nothing) and masks; X in place.  Returns each lane's largest in `top`. */
 static void subtract_and_mask(const tile_place *t, float *X, const float *F, vf top[TILE / VL])
 {
@@ -54,23 +72,26 @@ static void subtract_and_mask(const tile_place *t, float *X, const float *F, vf 
 /* Online softmax of one tile: X becomes P = exp(X - m), the head's running maximum m, sum l and output O
    (transposed, [dh][TILE]) are brought up to date. */
 static void softmax_tile(const job *w, const tile_place *t, float *X, const vf top[TILE / VL], float *m, float *l,
-                         float *O, const float *V)
+                         float *O, int64_t h)
 {
     const int64_t dh = w->a->dh;
+    int64_t stride = w->a->v_row;
+    const float *const V = operand_rows(w, t, value(w, h, t->col0), w->scratch + w->p->vrows, &stride);
+
     for (int v = 0; v < t->lanes; v += VL) {
         const vf before = vload(m + v), now = vselect(before > top[v / VL], before, top[v / VL]);
         const vf shrink = vexp(before - now);
         vf sum = vload(l + v) * shrink;
         for (int j = 0; j < t->cols; j++) {
             const vf p = vexp(vload(X + j * TILE + v) - now);
-            vstore(X + j * TILE + v, p);
+            vstore(X + j * TILE + v, w->a->bfloat16 ? vround_bf16(p) : p);
             sum += p;
         }
         vstore(m + v, now);
         vstore(l + v, sum);
         for (int64_t d = 0; d < dh; d++) vstore(O + d * TILE + v, vload(O + d * TILE + v) * shrink);
     }
-    product(dh, t->lanes, t->cols, V, 1, w->a->v_row, X, TILE, O, TILE, true);
+    product(dh, t->lanes, t->cols, V, 1, stride, X, TILE, O, TILE, true);
 }
 
 /* Adds min(F, tau) of the tile to each row's sum, in float64. */
@@ -98,8 +119,8 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
 
     seen_columns(a, row_tile, &first, &end);
     for (int64_t h = 0; h < H; h++)
-        transpose_rows(Qt + h * dh * TILE, query(w, h, row_tile * TILE), a->q_row, t.rows, dh,
-                       (float)(1.0 / sqrt((double)dh)));
+        transpose_rows(Qt + h * dh * TILE, query(w, h, row_tile * TILE), a->q_row, t.rows, dh, query_scale(a),
+                       a->bfloat16);
     for (int64_t k = 0; k < H * dh * TILE; k++) Ot[k] = 0.0f;
     for (int64_t k = 0; k < H * TILE; k++) {
         m[k] = LEAST;
@@ -114,13 +135,13 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
                 float *const f = F + (J - block) * TILE * TILE;
                 vf top[TILE / VL];
                 t = place_tile(a, row_tile, J);
-                product(t.cols, t.lanes, dh, key(w, h, t.col0), a->k_row, 1, Qt + h * dh * TILE, TILE, X, TILE, false);
+                head_logits(w, &t, h, Qt + h * dh * TILE, X);
                 if (a->selective && h == 0) {
                     select_tile(a, &t, X, f, carry);
                     if (memory) add_forgotten(&t, f, a->tau, rowsum);
                 }
                 subtract_and_mask(&t, X, a->selective ? f : NULL, top);
-                softmax_tile(w, &t, X, top, m + h * TILE, l + h * TILE, Ot + h * dh * TILE, value(w, h, t.col0));
+                softmax_tile(w, &t, X, top, m + h * TILE, l + h * TILE, Ot + h * dh * TILE, h);
             }
 
     for (int64_t h = 0; h < H; h++) {
@@ -189,8 +210,8 @@ static void carry_column(job *w, int64_t J)
         seen_columns(a, I, &first, &end);
         if (J < first || J >= end) continue;
         const tile_place t = place_tile(a, I, J);
-        transpose_rows(Qt, query(w, 0, I * TILE), a->q_row, t.rows, a->dh, (float)(1.0 / sqrt((double)a->dh)));
-        product(t.cols, t.lanes, a->dh, key(w, 0, t.col0), a->k_row, 1, Qt, TILE, X, TILE, false);
+        transpose_rows(Qt, query(w, 0, I * TILE), a->q_row, t.rows, a->dh, query_scale(a), a->bfloat16);
+        head_logits(w, &t, 0, Qt, X);
         select_tile(a, &t, X, F, carry);
     }
     if (a->carry_out)

@@ -19,13 +19,13 @@ typedef struct {
     int64_t columns;              /* column tiles: ceil(i1 / TILE) */
     int64_t group, groups;        /* row tiles a saved carry stands for; how many carries */
     int64_t dhp;                  /* dh rounded up to LANES */
-    bool padded;                  /* dh != dhp: rows of q, k and dout are copied */
+    bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
-    int64_t qt, ot, ml, f, tile, carry, rowsum;
+    int64_t qt, ot, ml, f, tile, carry, rowsum, krows, vrows;
     int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
     /* backward, in a thread's scratch */
-    int64_t l0, g, p, dz, dk, dv, kpad, dq;
+    int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq;
     /* backward, packed sequences: set s at pack0 + s * pack_size; one a thread, or one for all */
     int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
     int64_t total;

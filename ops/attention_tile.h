@@ -5,6 +5,9 @@
  * sums and scans run along lanes without any horizontal step but the scan's own, keys
  * and values are read as they lie (broadcast), and every product has one form:
  *     C[m][n] (+)= sum over k of A[m,k] B[k][n]        n in the lanes.
+ *
+ * bfloat16 operands are float32 values rounded to it, beforehand: a product of two is exact in float32.  This is the
+ * definition of the processors' own bfloat16 products, not a fast way to them.
  */
 #ifndef SEL_OPS_ATTENTION_TILE_H
 #define SEL_OPS_ATTENTION_TILE_H
@@ -175,12 +178,46 @@ static inline void select_tile(const sel_attention *a, const tile_place *t, cons
     }
 }
 
+/* Rounds n values to bfloat16, in place. */
+static inline void round_values(float *x, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) vstore(x + i, vround_bf16(vload(x + i)));
+    if (i < n) vstore_n(x + i, vround_bf16(vload_n(x + i, n - i)), n - i);
+}
+
+/* n values of a row, then zeros up to `padded`. */
+static inline void copy_padded(float *to, const float *from, int64_t n, int64_t padded, bool bfloat16)
+{
+    for (int64_t d = 0; d < n; d++) to[d] = from[d];
+    for (int64_t d = n; d < padded; d++) to[d] = 0.0f;
+    if (bfloat16) round_values(to, n);
+}
+
+/* What q^T is multiplied by: the logits' 1 / sqrt(dh), unless that would change how q is rounded to bfloat16. */
+static inline float query_scale(const sel_attention *a)
+{
+    return a->bfloat16 ? 1.0f : (float)(1.0 / sqrt((double)a->dh));
+}
+
+/* Logits X [cols][TILE] of a tile from keys K, rows k_row apart, and q^T (transpose_rows with query_scale). */
+static inline void logits_tile(const sel_attention *a, const tile_place *t, const float *K, int64_t k_row,
+                               const float *Qt, float *X)
+{
+    const float scale = (float)(1.0 / sqrt((double)a->dh));
+    product(t->cols, t->lanes, a->dh, K, k_row, 1, Qt, TILE, X, TILE, false);
+    for (int j = 0; a->bfloat16 && j < t->cols; j++)
+        for (int v = 0; v < t->lanes; v += VL) vstore(X + j * TILE + v, vload(X + j * TILE + v) * scale);
+}
+
 /* X[d][i] = scale * rows[i][d]: `rows` rows, n values each, lanes beyond them zero. */
-static inline void transpose_rows(float *X, const float *x, int64_t stride, int rows, int64_t n, float scale)
+static inline void transpose_rows(float *X, const float *x, int64_t stride, int rows, int64_t n, float scale,
+                                  bool bfloat16)
 {
     for (int64_t d = 0; d < n; d++) {
         for (int i = 0; i < rows; i++) X[d * TILE + i] = scale * x[i * stride + d];
         for (int i = rows; i < TILE; i++) X[d * TILE + i] = 0.0f;
+        if (bfloat16) round_values(X + d * TILE, rows);
     }
 }
 

@@ -225,7 +225,7 @@ INLINE void weave(__m512 x[2])
 INLINE __mmask16 sees(int v, int j, int64_t off)
 {
     const int64_t first = j - off - v;   /* the first lane that does */
-    return first <= 0 ? 0xffff : first > 15 ? 0 : (__mmask16)(0xffff << first);
+    return (__mmask16)(first <= 0 ? 0xffff : first > 15 ? 0 : 0xffff << first);
 }
 
 /* Keys of a tile that some of the 32 queries from lane v0 on sees, rounded up to whole blocks of 8, in blocks. */

@@ -208,7 +208,7 @@ static void tile_gradients(const backward_job *w, const tile *t, int64_t h, cons
             #pragma GCC unroll 8
             for (int r = 0; r < 8; r++)
                 for (int v = 0; v < 2; v++) x[r][v] = _mm512_fmsub_ps(x[r][v], c, lse0[v]);
-                        #pragma GCC unroll 8
+            #pragma GCC unroll 8
             for (int r = 0; r < 8; r++)
                 for (int v = 0; v < 2; v++) x[r][v] = exp2_ps(x[r][v]);
             #pragma GCC unroll 4

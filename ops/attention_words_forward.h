@@ -277,7 +277,7 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     finish_rows(w, I, rows);
     for (int i = 0; memory && i < rows; i++) {
         const double needed = (double)(row0 + i + 1) - rowsum[i];
-        if (needed > w->m_max) {
+        if (needed > w->m_max || (needed == w->m_max && row0 + i < w->m_row)) {
             w->m_max = needed;
             w->m_row = row0 + i;
         }

@@ -13,7 +13,7 @@
 #include <cpuid.h>
 #endif
 
-static const char *const level_names[] = { "c", "avx2", "avx512" };
+static const char *const level_names[] = { "c", "avx2", "avx512", "avx512bf16" };
 #define LEVELS ((int)(sizeof level_names / sizeof level_names[0]))
 
 /* The compiler's run-time support also asks the operating system (XGETBV) whether it saves the wide
@@ -26,7 +26,7 @@ sel_cpu_level sel_cpu_detect(void)
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq"))
         return SEL_CPU_AVX2;
-    return SEL_CPU_AVX512;
+    return __builtin_cpu_supports("avx512bf16") ? SEL_CPU_AVX512BF16 : SEL_CPU_AVX512;
 #else
     return SEL_CPU_C;
 #endif
@@ -41,7 +41,7 @@ static sel_status apply_mask(const char *key, const char *word, sel_cpu_level *l
             if (i < (int)*level) *level = (sel_cpu_level)i;
             return SEL_OK;
         }
-    return sel_fail(SEL_EUSER, "%s: \"%s\" is none of auto, c, avx2, avx512", key, word);
+    return sel_fail(SEL_EUSER, "%s: \"%s\" is none of auto, c, avx2, avx512, avx512bf16", key, word);
 }
 
 sel_status sel_cpu_choose(const char *mask, sel_cpu_level *out)
@@ -125,7 +125,18 @@ int sel_cpu_threads(void)
 
 sel_status sel_cpu_check_threads(int64_t threads)
 {
-    if (threads <= omp_get_thread_limit()) return SEL_OK;
-    return sel_fail(SEL_EUSER, "%lld threads are more than OpenMP may start here (OMP_THREAD_LIMIT=%d)", (long long)threads,
+    enum { MOST = 4096 };
+    int given = 0;
+
+    if (threads < 1 || threads > MOST)
+        return sel_fail(SEL_EUSER, "%lld threads: expected 1 to %d", (long long)threads, MOST);
+    omp_set_dynamic(0);   /* work is dealt to a number of threads: fewer would leave parts undone */
+    #pragma omp parallel num_threads((int)threads)
+    {
+        #pragma omp single
+        given = omp_get_num_threads();
+    }
+    if (given == threads) return SEL_OK;
+    return sel_fail(SEL_EUSER, "OpenMP gives %d of %lld threads here (OMP_THREAD_LIMIT=%d)", given, (long long)threads,
                     omp_get_thread_limit());
 }

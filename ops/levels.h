@@ -34,4 +34,6 @@ void sel_ops_attention_forward_init_avx512(sel_ops *ops);
 void sel_ops_attention_backward_init_avx512(sel_ops *ops);
 void sel_ops_attention_words_init_avx512(sel_ops *ops);   /* attention_avx512.c, over the two above */
 
+void sel_ops_attention_words_init_avx512bf16(sel_ops *ops);   /* attention_avx512bf16.c */
+
 #endif

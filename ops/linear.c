@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <omp.h>
 #include <stdlib.h>
+#include <string.h>
 #include "core/base/clock.h"
 #include "core/base/mem.h"
 
@@ -16,7 +17,7 @@ static int threads_set(int threads)
     return before;
 }
 
-sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, int threads)
+sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, sel_dtype dtype, int threads)
 {
     const sel_linear_library_calls *calls =
         backend == SEL_LINEAR_ONEDNN ? &sel_linear_onednn_calls : &sel_linear_openblas_calls;
@@ -25,6 +26,7 @@ sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, in
     sel_linear_engine *made = calloc(1, calls->engine_bytes);
     if (!made) return sel_fail(SEL_ENOMEM, "linear layers: no memory for the library's state");
     made->calls = calls;
+    made->dtype = dtype;
     made->threads = threads;
     const int before = threads_set(threads);
     const sel_status rc = calls->open(made);
@@ -90,7 +92,7 @@ sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_
     return rc;
 }
 
-sel_status sel_linear_forward(sel_linear *l, int64_t rows, const float *x, int64_t x_row, float *y, int64_t y_row)
+sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row)
 {
     SEL_ASSERT(l->w && rows >= 0 && x_row >= l->in && y_row >= l->out);
     if (rows == 0) return SEL_OK;
@@ -100,7 +102,7 @@ sel_status sel_linear_forward(sel_linear *l, int64_t rows, const float *x, int64
     return rc;
 }
 
-sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                      int64_t dx_row)
 {
     SEL_ASSERT(l->w && l->backward && rows >= 0 && dy_row >= l->out && dx_row >= l->in);
@@ -111,7 +113,7 @@ sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const float *d
     return rc;
 }
 
-sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, const float *x,
+sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                       int64_t x_row, float *dw)
 {
     SEL_ASSERT(l->backward && rows >= 0 && dy_row >= l->out && x_row >= l->in);
@@ -138,6 +140,7 @@ sel_status sel_linear_measure_peak(sel_linear_engine *e, double *gflops)
     if (!block) goto out;
     float *x = block, *w = x + n_x, *y = w + n_w;
     for (size_t i = 0; i < n_x + n_w; i++) block[i] = (float)(i % 17) - 8.0f;   /* x, then w */
+    if (e->dtype == SEL_BFLOAT16) memset(x, 0x3f, n_x * sizeof(uint16_t));      /* 0x3f3f: 0.746 */
 
     if ((rc = sel_linear_new(&l, e, WIDTH, WIDTH, false)) != SEL_OK) goto out;
     if ((rc = sel_linear_pack(l, w)) != SEL_OK) goto out;

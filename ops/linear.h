@@ -2,8 +2,8 @@
  *
  * A sel_linear is one weight matrix [out][in] made ready for the library: packed once
  * after each optimizer step, used by every micro-batch.  Products of one shape
- * share their primitives.  All arrays row-major float32; rows of x and y may be
- * further apart than their width (strides in floats).
+ * share their primitives.  All arrays row-major; rows of x and y may be
+ * further apart than their width (strides in elements).
  */
 #ifndef SEL_OPS_LINEAR_H
 #define SEL_OPS_LINEAR_H
@@ -17,8 +17,13 @@ typedef struct sel_linear sel_linear;                 /* one matrix */
 
 typedef enum { SEL_LINEAR_ONEDNN, SEL_LINEAR_OPENBLAS } sel_linear_backend;
 
-/* Opens the library with that many threads; closed after all its matrices are freed. */
-sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, int threads);
+/* The type of the products' operands: x and dy below are arrays of it, W is packed to it.  Results and sums are
+   float32 always. */
+typedef enum { SEL_FLOAT32, SEL_BFLOAT16 } sel_dtype;
+
+/* Opens the library with that many threads; closed after all its matrices are freed.  SEL_EUSER for a type that the
+   library (OpenBLAS: bfloat16) or the processor cannot multiply. */
+sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, sel_dtype dtype, int threads);
 void       sel_linear_close(sel_linear_engine **e);
 
 /* Room for a matrix [out][in]; backward false leaves out what only gradients need. */
@@ -33,14 +38,14 @@ sel_status sel_linear_pack(sel_linear *l, const float *w);
 sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row);
 
 /* y [rows][out] = x [rows][in] W^T */
-sel_status sel_linear_forward(sel_linear *l, int64_t rows, const float *x, int64_t x_row, float *y, int64_t y_row);
+sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row);
 
 /* dx [rows][in] = dy [rows][out] W */
-sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                      int64_t dx_row);
 
 /* dw [out][in] += dy^T x */
-sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, const float *x,
+sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                       int64_t x_row, float *dw);
 
 /* Name and version of the library, "oneDNN 2.6.3". */

@@ -21,15 +21,16 @@ typedef struct {
     sel_status (*prepare)(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row);
 
     /* As in linear.h, with rows > 0 and sizes that were checked. */
-    sel_status (*forward)(sel_linear *l, int64_t rows, const float *x, int64_t x_row, float *y, int64_t y_row);
-    sel_status (*backward_input)(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+    sel_status (*forward)(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row);
+    sel_status (*backward_input)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                  int64_t dx_row);
-    sel_status (*backward_weight)(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, const float *x,
+    sel_status (*backward_weight)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                   int64_t x_row, float *dw);
 } sel_linear_library_calls;
 
 struct sel_linear_engine {
     const sel_linear_library_calls *calls;
+    sel_dtype dtype;
     int threads;
     int matrices;        /* alive */
     char version[64];    /* "oneDNN 2.6.3", written by open */

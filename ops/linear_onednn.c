@@ -91,16 +91,19 @@ static sel_status checked(dnnl_status_t status, const char *call, const shape *s
 
 /* ---- what differs between oneDNN 2 and 3: descriptors ---- */
 
-static dnnl_status_t describe(dnnl_memory_desc_t *md, int64_t rows, int64_t columns, int64_t row, int64_t column)
+static dnnl_data_type_t operand_type(sel_dtype dtype) { return dtype == SEL_BFLOAT16 ? dnnl_bf16 : dnnl_f32; }
+
+static dnnl_status_t describe(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns, int64_t row,
+                              int64_t column)
 {
     const dnnl_dims_t dims = { rows, columns }, strides = { row, column };
-    return dnnl_memory_desc_init_by_strides(md, 2, dims, dnnl_f32, strides);
+    return dnnl_memory_desc_init_by_strides(md, 2, dims, type, strides);
 }
 
-static dnnl_status_t describe_any(dnnl_memory_desc_t *md, int64_t rows, int64_t columns)
+static dnnl_status_t describe_any(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns)
 {
     const dnnl_dims_t dims = { rows, columns };
-    return dnnl_memory_desc_init_by_tag(md, 2, dims, dnnl_f32, dnnl_format_tag_any);
+    return dnnl_memory_desc_init_by_tag(md, 2, dims, type, dnnl_format_tag_any);
 }
 
 static bool is_plain(const dnnl_memory_desc_t *md)
@@ -131,24 +134,27 @@ static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t en
 
 /* ---- products ---- */
 
-/* The weights as the caller stores them, [out][in]: columns of W^T for FORWARD, W itself for BACKWARD_INPUT. */
-static dnnl_status_t describe_plain_weights(dnnl_memory_desc_t *md, const shape *s)
+/* The weights as the caller stores them, [out][in] of `type`: columns of W^T for FORWARD, W itself for
+   BACKWARD_INPUT. */
+static dnnl_status_t describe_plain_weights(dnnl_memory_desc_t *md, dnnl_data_type_t type, const shape *s)
 {
-    return s->kind == FORWARD ? describe(md, s->in, s->out, 1, s->in) : describe(md, s->out, s->in, s->in, 1);
+    return s->kind == FORWARD ? describe(md, type, s->in, s->out, 1, s->in)
+                              : describe(md, type, s->out, s->in, s->in, 1);
 }
 
-static sel_status describe_ends(const shape *s, dnnl_memory_desc_t *src, dnnl_memory_desc_t *dst)
+/* The operand of `type` and the float32 result. */
+static sel_status describe_ends(const shape *s, dnnl_data_type_t type, dnnl_memory_desc_t *src, dnnl_memory_desc_t *dst)
 {
     dnnl_status_t a, b;
     if (s->kind == FORWARD) {
-        a = describe(src, s->rows, s->in, s->x_row, 1);
-        b = describe(dst, s->rows, s->out, s->y_row, 1);
+        a = describe(src, type, s->rows, s->in, s->x_row, 1);
+        b = describe(dst, dnnl_f32, s->rows, s->out, s->y_row, 1);
     } else if (s->kind == BACKWARD_INPUT) {
-        a = describe(src, s->rows, s->out, s->y_row, 1);
-        b = describe(dst, s->rows, s->in, s->x_row, 1);
+        a = describe(src, type, s->rows, s->out, s->y_row, 1);
+        b = describe(dst, dnnl_f32, s->rows, s->in, s->x_row, 1);
     } else {
-        a = describe(src, s->out, s->rows, 1, s->y_row);   /* dy^T */
-        b = describe(dst, s->out, s->in, s->in, 1);
+        a = describe(src, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
+        b = describe(dst, dnnl_f32, s->out, s->in, s->in, 1);
     }
     return checked(a != dnnl_success ? a : b, "dnnl_memory_desc_init_by_strides", s);
 }
@@ -176,21 +182,24 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
     dnnl_memory_desc_t src, dst, w;
     dnnl_primitive_desc_t pd = NULL;
     const bool accumulate = s->kind == BACKWARD_WEIGHT;
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
     sel_status rc;
 
     *p = (product){ .shape = *s };
-    SEL_TRY(describe_ends(s, &src, &dst));
+    SEL_TRY(describe_ends(s, type, &src, &dst));
     if (packing && packing->packed) {
         const dnnl_status_t got = describe_matmul(&pd, e->engine, &src, &packing->md, &dst, false);
-        p->packed = got == dnnl_success && !is_slow(pd);
+        p->packed = got == dnnl_success && (!is_slow(pd) || type != dnnl_f32);
         if (!p->packed && got == dnnl_success) {
             dnnl_primitive_desc_destroy(pd);
             pd = NULL;
         }
     }
+    if (!p->packed && !accumulate && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
+        return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
     if (!p->packed) {
         const dnnl_status_t got =
-            accumulate ? describe(&w, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, s);
+            accumulate ? describe(&w, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, type, s);
         SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
         SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
     }
@@ -243,12 +252,12 @@ static sel_status execute(onednn *e, dnnl_primitive_t primitive, int n, const dn
 }
 
 /* oneDNN takes pointers without const, also to what it only reads. */
-static sel_status point(dnnl_memory_t memory, const float *data, const shape *s)
+static sel_status point(dnnl_memory_t memory, const void *data, const shape *s)
 {
     return checked(dnnl_memory_set_data_handle(memory, (void *)(uintptr_t)data), "dnnl_memory_set_data_handle", s);
 }
 
-static sel_status product_run(onednn *e, product *p, const float *src, dnnl_memory_t weights_memory, float *dst)
+static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memory_t weights_memory, float *dst)
 {
     SEL_TRY(point(p->src, src, &p->shape));
     SEL_TRY(point(p->dst, dst, &p->shape));
@@ -264,20 +273,25 @@ static sel_status product_run(onednn *e, product *p, const float *src, dnnl_memo
 static sel_status layout_make(layout *made, onednn *e)
 {
     const shape *s = &made->shape;
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
     dnnl_memory_desc_t src, dst, any, plain;
     dnnl_primitive_desc_t pd = NULL;
 
-    SEL_TRY(describe_ends(s, &src, &dst));
-    SEL_TRY(checked(s->kind == FORWARD ? describe_any(&any, s->in, s->out) : describe_any(&any, s->out, s->in),
-                    "dnnl_memory_desc_init_by_tag", s));
+    SEL_TRY(describe_ends(s, type, &src, &dst));
+    SEL_TRY(checked(s->kind == FORWARD ? describe_any(&any, type, s->in, s->out)
+                                       : describe_any(&any, type, s->out, s->in), "dnnl_memory_desc_init_by_tag", s));
     SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &any, &dst, false), "dnnl_primitive_desc_create", s));
     const dnnl_memory_desc_t *wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
     made->packed = wanted && !is_plain(wanted) && !is_slow(pd);
     if (made->packed) made->md = *wanted;
     dnnl_primitive_desc_destroy(pd);
+    if (!made->packed && type != dnnl_f32) {   /* float32 weights cannot be read in place: a plain copy of the type */
+        SEL_TRY(checked(describe_plain_weights(&made->md, type, s), "dnnl_memory_desc_init_by_strides", s));
+        made->packed = true;
+    }
     if (!made->packed) return SEL_OK;
 
-    SEL_TRY(checked(describe_plain_weights(&plain, s), "dnnl_memory_desc_init_by_strides", s));
+    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
     SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, &plain, e->engine, &made->md, e->engine, NULL),
                     "dnnl_reorder_primitive_desc_create", s));
     const sel_status rc = checked(dnnl_primitive_create(&made->reorder, pd), "dnnl_primitive_create", s);
@@ -312,7 +326,7 @@ static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int
     dnnl_memory_desc_t plain;
     SEL_TRY(layout_get(&w->layout, e, k, n_out, n_in));
     const shape *s = &w->layout->shape;
-    SEL_TRY(checked(describe_plain_weights(&plain, s), "dnnl_memory_desc_init_by_strides", s));
+    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
     SEL_TRY(checked(dnnl_memory_create(&w->plain, &plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
     if (!w->layout->packed) return SEL_OK;
     w->block = sel_alloc(dnnl_memory_desc_get_size(&w->layout->md), "the packed weights of a linear layer");
@@ -414,7 +428,7 @@ static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, 
 }
 
 /* dst = src times the matrix in the direction of the kind */
-static sel_status multiply(sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row, const float *src,
+static sel_status multiply(sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row, const void *src,
                            float *dst)
 {
     const weights *w = &((const matrix *)base)->weights[k];
@@ -423,20 +437,20 @@ static sel_status multiply(sel_linear *base, kind k, int64_t rows, int64_t x_row
     return product_run((onednn *)base->engine, p, src, p->packed ? w->packed : w->plain, dst);
 }
 
-static sel_status onednn_forward(sel_linear *base, int64_t rows, const float *x, int64_t x_row, float *y,
+static sel_status onednn_forward(sel_linear *base, int64_t rows, const void *x, int64_t x_row, float *y,
                                  int64_t y_row)
 {
     return multiply(base, FORWARD, rows, x_row, y_row, x, y);
 }
 
-static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                         int64_t dx_row)
 {
     return multiply(base, BACKWARD_INPUT, rows, dx_row, dy_row, dy, dx);
 }
 
-static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const float *dy, int64_t dy_row,
-                                         const float *x, int64_t x_row, float *dw)
+static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row,
+                                         const void *x, int64_t x_row, float *dw)
 {
     product *p;
     SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, dy_row));

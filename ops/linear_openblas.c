@@ -9,6 +9,9 @@
 
 static sel_status blas_open(sel_linear_engine *e)
 {
+    if (e->dtype != SEL_FLOAT32)
+        return sel_fail(SEL_EUSER, "OpenBLAS multiplies float32 only: compute.linear_backend: onednn, or train.precision: "
+                        "float32");
     const char *config = openblas_get_config();   /* "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ..." */
     const char *second = strchr(config, ' ');
     const size_t words = second ? (size_t)(second - config) + 1 + strcspn(second + 1, " ") : strlen(config);
@@ -60,14 +63,14 @@ static void gemm(const sel_linear *l, CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, in
                 beta, c, (blasint)ldc);
 }
 
-static sel_status blas_forward(sel_linear *l, int64_t rows, const float *x, int64_t x_row, float *y, int64_t y_row)
+static sel_status blas_forward(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row)
 {
     SEL_TRY(check_sizes(l, rows, x_row, y_row));
     gemm(l, CblasNoTrans, CblasTrans, rows, l->out, l->in, x, x_row, l->w, l->in, 0.0f, y, y_row);
     return SEL_OK;
 }
 
-static sel_status blas_backward_input(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, float *dx,
+static sel_status blas_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                       int64_t dx_row)
 {
     SEL_TRY(check_sizes(l, rows, dx_row, dy_row));
@@ -75,7 +78,7 @@ static sel_status blas_backward_input(sel_linear *l, int64_t rows, const float *
     return SEL_OK;
 }
 
-static sel_status blas_backward_weight(sel_linear *l, int64_t rows, const float *dy, int64_t dy_row, const float *x,
+static sel_status blas_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                        int64_t x_row, float *dw)
 {
     SEL_TRY(check_sizes(l, rows, x_row, dy_row));

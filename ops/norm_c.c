@@ -31,10 +31,13 @@ static inline float inverse_rms(const float *x, int64_t D)
     return (float)(1.0 / sqrt(sum / (double)D + EPSILON));
 }
 
-static inline float forward_one(float *y, const float *x, const float *w, int64_t D)
+/* One row to y, float32 or bfloat16; returns 1 / rms. */
+static inline float forward_one(bool bfloat16, void *y, const float *x, const float *w, int64_t D)
 {
     const float r = inverse_rms(x, D);
-    for (int64_t d = 0; d < D; d++) y[d] = x[d] * r * w[d];
+    int64_t d = 0;
+    for (; d + VL <= D; d += VL) vstore_as(bfloat16, y, d, vload(x + d) * r * vload(w + d), VL);
+    if (d < D) vstore_as(bfloat16, y, d, vload_n(x + d, D - d) * r * vload_n(w + d, D - d), D - d);
     return r;
 }
 
@@ -71,7 +74,17 @@ static void rmsnorm_forward(float *restrict y, float *restrict rstd, const float
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const float r = forward_one(y + row * D, x + row * D, w, D);
+        const float r = forward_one(false, y + row * D, x + row * D, w, D);
+        if (rstd) rstd[row] = r;
+    }
+}
+
+static void rmsnorm_forward_bf16(uint16_t *restrict y, float *restrict rstd, const float *restrict x,
+                                 const float *restrict w, int64_t rows, int64_t D, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const float r = forward_one(true, y + row * D, x + row * D, w, D);
         if (rstd) rstd[row] = r;
     }
 }
@@ -83,7 +96,7 @@ static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict r
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t h = 0; h < heads; h++) {
-            const float r = forward_one(y + row * y_row + h * dh, x + row * x_row + h * dh, w, dh);
+            const float r = forward_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, dh);
             if (rstd) rstd[row * heads + h] = r;
         }
 }
@@ -129,6 +142,7 @@ static void headnorm_backward(float *dx, int64_t dx_row, float *restrict dw, con
 void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
 {
     ops->rmsnorm_forward = rmsnorm_forward;
+    ops->rmsnorm_forward_bf16 = rmsnorm_forward_bf16;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->headnorm_forward = headnorm_forward;
     ops->headnorm_backward = headnorm_backward;

@@ -37,6 +37,10 @@ void sel_ops_init(sel_ops *ops, sel_cpu_level level)
     sel_ops_attention_forward_init_avx512(ops);
     sel_ops_attention_backward_init_avx512(ops);
     sel_ops_attention_words_init_avx512(ops);
+
+    if (level < SEL_CPU_AVX512BF16) return;
+    ops->level = SEL_CPU_AVX512BF16;
+    sel_ops_attention_words_init_avx512bf16(ops);
 #else
     (void)level;   /* only C is compiled for this processor */
 #endif

@@ -15,51 +15,70 @@ static inline gate sigmoid(vf g)
     return (gate){ s, vselect(g > vset1(0.0f), e * s, 1.0f - s) };
 }
 
-/* One vector, or its first n lanes. */
-static inline void forward_vector(float *a, const float *g, const float *u, int64_t n)
+/* One vector, or its first n lanes, at element i of a row; results are float32 or bfloat16. */
+static inline void forward_vector(bool bfloat16, void *a, const float *g, const float *u, int64_t i, int64_t n)
 {
-    const vf x = vload_n(g, n);
-    vstore_n(a, x * sigmoid(x).s * vload_n(u, n), n);
+    const vf x = vload_n(g + i, n);
+    vstore_as(bfloat16, a, i, x * sigmoid(x).s * vload_n(u + i, n), n);
 }
 
-static inline void backward_vector(float *dg, float *du, float *a, const float *da, const float *g, const float *u,
-                                   int64_t n)
+static inline void forward_row(bool bfloat16, void *a, const float *gu, int64_t Fw)
 {
-    const vf x = vload_n(g, n), up = vload_n(u, n), d = vload_n(da, n);
+    int64_t i = 0;
+    for (; i + VL <= Fw; i += VL) forward_vector(bfloat16, a, gu, gu + Fw, i, VL);
+    if (i < Fw) forward_vector(bfloat16, a, gu, gu + Fw, i, Fw - i);
+}
+
+static inline void backward_vector(bool bfloat16, void *dgu, void *a, const float *da, const float *gu, int64_t Fw,
+                                   int64_t i, int64_t n)
+{
+    const vf x = vload_n(gu + i, n), up = vload_n(gu + Fw + i, n), d = vload_n(da + i, n);
     const gate q = sigmoid(x);
     const vf silu = x * q.s;
-    if (a) vstore_n(a, silu * up, n);
-    vstore_n(dg, d * up * (q.s + silu * q.rest), n);
-    vstore_n(du, d * silu, n);
+    if (a) vstore_as(bfloat16, a, i, silu * up, n);
+    vstore_as(bfloat16, dgu, i, d * up * (q.s + silu * q.rest), n);
+    vstore_as(bfloat16, dgu, Fw + i, d * silu, n);
+}
+
+static inline void backward_row(bool bfloat16, void *dgu, void *a, const float *da, const float *gu, int64_t Fw)
+{
+    int64_t i = 0;
+    for (; i + VL <= Fw; i += VL) backward_vector(bfloat16, dgu, a, da, gu, Fw, i, VL);
+    if (i < Fw) backward_vector(bfloat16, dgu, a, da, gu, Fw, i, Fw - i);
 }
 
 static void swiglu_forward(float *restrict a, const float *restrict gu, int64_t rows, int64_t Fw, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const float *g = gu + r * 2 * Fw, *u = g + Fw;
-        float *y = a + r * Fw;
-        int64_t i = 0;
-        for (; i + VL <= Fw; i += VL) forward_vector(y + i, g + i, u + i, VL);
-        if (i < Fw) forward_vector(y + i, g + i, u + i, Fw - i);
-    }
+    for (int64_t r = 0; r < rows; r++) forward_row(false, a + r * Fw, gu + r * 2 * Fw, Fw);
+}
+
+static void swiglu_forward_bf16(uint16_t *restrict a, const float *restrict gu, int64_t rows, int64_t Fw, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) forward_row(true, a + r * Fw, gu + r * 2 * Fw, Fw);
 }
 
 static void swiglu_backward(float *dgu, float *restrict a, const float *restrict da, const float *gu, int64_t rows,
                             int64_t Fw, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        const float *g = gu + r * 2 * Fw, *u = g + Fw, *d = da + r * Fw;
-        float *dg = dgu + r * 2 * Fw, *du = dg + Fw, *y = a ? a + r * Fw : NULL;
-        int64_t i = 0;
-        for (; i + VL <= Fw; i += VL) backward_vector(dg + i, du + i, y ? y + i : NULL, d + i, g + i, u + i, VL);
-        if (i < Fw) backward_vector(dg + i, du + i, y ? y + i : NULL, d + i, g + i, u + i, Fw - i);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        backward_row(false, dgu + r * 2 * Fw, a ? a + r * Fw : NULL, da + r * Fw, gu + r * 2 * Fw, Fw);
+}
+
+static void swiglu_backward_bf16(uint16_t *restrict dgu, uint16_t *restrict a, const float *restrict da,
+                                 const float *restrict gu, int64_t rows, int64_t Fw, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        backward_row(true, dgu + r * 2 * Fw, a ? a + r * Fw : NULL, da + r * Fw, gu + r * 2 * Fw, Fw);
 }
 
 void SEL_FN(sel_ops_swiglu_init)(sel_ops *ops)
 {
     ops->swiglu_forward = swiglu_forward;
     ops->swiglu_backward = swiglu_backward;
+    ops->swiglu_forward_bf16 = swiglu_forward_bf16;
+    ops->swiglu_backward_bf16 = swiglu_backward_bf16;
 }

@@ -8,6 +8,7 @@
 #define SEL_OPS_VEC_H
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -25,6 +26,8 @@
 
 typedef float   vf __attribute__((vector_size(4 * VL), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * VL), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * VL), may_alias));
 typedef float   vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 
 static inline vf vload(const float *p) { return *(const vf_u *)p; }
@@ -56,6 +59,29 @@ static inline vf vset1(float x) { return x - (vf){ 0 }; }
 static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
+
+/* Lanes rounded to bfloat16, to nearest even: float32 whose 16 low bits are 0.  NaN stays NaN, and quiet. */
+static inline vf vround_bf16(vf x)
+{
+    const vu bits = (vu)x, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const vf y = vselect(x == x, (vf)rounded, (vf)(bits | 0x400000u));
+    return (vf)((vu)y & 0xffff0000u);
+}
+
+/* The first n lanes (at most all) as bfloat16. */
+static inline void vstore_bf16(uint16_t *p, vf x, int64_t n)
+{
+    const vh y = __builtin_convertvector((vu)vround_bf16(x) >> 16, vh);
+    if (n >= VL) memcpy(p, &y, sizeof y);
+    else memcpy(p, &y, (size_t)n * sizeof *p);
+}
+
+/* The first n lanes to element `at` of an array that is bfloat16 or float32: `bfloat16` is constant where inlined. */
+static inline void vstore_as(bool bfloat16, void *p, int64_t at, vf x, int64_t n)
+{
+    if (bfloat16) vstore_bf16((uint16_t *)p + at, x, n);
+    else vstore_n((float *)p + at, x, n);
+}
 
 static inline vf vsqrt(vf x)
 {

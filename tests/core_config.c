@@ -271,8 +271,6 @@ static void test_values(void)
         {"attention.kind=local_global", "one of selective, standard"},
         {"attention.selection.source=bilinear", "head0"},
         {"attention.dead_keys=exact", "off"},
-        {"train.precision=bfloat16", "float32"},
-        {"train.precision=auto", "float32"},
         {"checkpoint.async=true", "false"},
         {"dist.on_nan=skip", "stop"},
         {"dist.zero=1", "the integer 0"},
@@ -280,7 +278,6 @@ static void test_values(void)
         {"dist.mesh.sequence=2", "the integer 1"},
         {"dist.watchdog_seconds=60", "the integer 0"},
         {"compute.linear_backend=auto", "one of onednn, openblas"},
-        {"compute.cpu=avx512bf16", "one of auto, c, avx2, avx512"},
     };
     for (size_t i = 0; i < sizeof later / sizeof *later; i++) {
         char line[256];

@@ -360,7 +360,7 @@ int main(void)
     for (int threads = 1; threads <= 2; threads++)
         for (int backend = SEL_LINEAR_ONEDNN; backend <= SEL_LINEAR_OPENBLAS; backend++) {
             sel_linear_engine *engine = NULL;
-            CHECK_OK(sel_linear_open(&engine, (sel_linear_backend)backend, threads));
+            CHECK_OK(sel_linear_open(&engine, (sel_linear_backend)backend, SEL_FLOAT32, threads));
             if (!engine) abort();
             for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
                 for (int s = 0; s < SWITCHES; s++, c++) {

@@ -3,451 +3,11 @@
  * Bounds (specification, section 3): norm of the difference over norm of the reference under 2e-6 at unit-normal
  * inputs; where the reference is zero, 1e-6 of the norm of dO; without relu, F grows in both directions and the
  * bound with max |F|.  Inputs are drawn so that no selection logit lies within float's rounding of relu's kink.
+ *
+ * Everything is done twice, with float32 and with bfloat16 operands.  For these inputs are drawn as bfloat16 holds
+ * them, and what P and dZ go into may be 1e-2 off.  F does not: carry and the memory loss keep float32's bound.
  */
-#include "tests/check.h"
-#include "tests/random.h"
-#include "tests/reference.h"
-
-#include "ops/ops.h"
-
-#include <string.h>
-
-#define BOUND 2e-6
-#define ABSENT 1e-6          /* of |dO|, where the reference is zero */
-#define KINK 4e-6            /* how near to relu's or the memory loss's kink inputs may come */
-#define RIM 12345.678f       /* what surrounds outputs */
-
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "no self, no shift", true, true, true, false, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
-
-static void *room(int64_t bytes)
-{
-    void *p = malloc((size_t)(bytes > 0 ? bytes : 1));
-    if (!p) abort();
-    return p;
-}
-
-static double norm(const double *x, int64_t n)
-{
-    double s = 0.0;
-    for (int64_t i = 0; i < n; i++) s += x[i] * x[i];
-    return sqrt(s);
-}
-
-/* A case: its inputs (doubles that floats hold exactly) and what the reference makes of them. */
-typedef struct {
-    sel_ref_attention a;
-    double *q, *k, *v, *dout;
-    sel_ref_results r;
-    double scale;                /* of the bound */
-    char name[160];
-} problem;
-
-static int64_t q_count(const problem *p) { return p->a.B * p->a.N * p->a.H * p->a.dh; }
-static int64_t k_count(const problem *p) { return p->a.B * p->a.N * p->a.Hkv * p->a.dh; }
-
-static double *float_normals(int64_t n, double deviation)
-{
-    double *x = random_normals(n);
-    for (int64_t i = 0; i < n; i++) x[i] = (double)(float)(deviation * x[i]);
-    return x;
-}
-
-/* Draws rows of head 0's q again until none of their logits is so near to 0 that float might see another sign. */
-static void avoid_kinks(problem *p)
-{
-    const sel_ref_attention *a = &p->a;
-    for (int64_t row = 0; row < a->B * a->N; row++) {
-        double *q = p->q + row * a->H * a->dh;
-        for (int64_t j = 0; j <= row % a->N; j++) {
-            const double *k = p->k + (row - row % a->N + j) * a->Hkv * a->dh;
-            double s = 0.0;
-            for (int64_t d = 0; d < a->dh; d++) s += q[d] * k[d];
-            if (fabs(s) >= KINK * sqrt((double)a->dh)) continue;
-            for (int64_t d = 0; d < a->dh; d++) q[d] = (double)(float)random_normal();
-            j = -1;
-        }
-    }
-}
-
-static void problem_free(problem *p)
-{
-    double *const all[] = { p->q,     p->k,    p->v,    p->dout, p->r.out,   p->r.lse,    p->r.F,
-                            p->r.dq,  p->r.dk, p->r.dv, p->r.carry, p->r.m_max, p->r.dcarry };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
-    free(p->r.m_row);
-}
-
-/* Runs the reference on q, k, v, dout. */
-static void problem_solve(problem *p)
-{
-    const sel_ref_attention *a = &p->a;
-    const int64_t nq = q_count(p) * 8, nk = k_count(p) * 8, columns = a->B * a->N * 8;
-    p->r = (sel_ref_results){ .out = room(nq), .lse = room(columns * a->H), .F = room(columns * a->N),
-                              .carry = room(columns), .m_max = room(a->B * 8), .m_row = room(a->B * 8),
-                              .dout = p->dout, .dq = room(nq), .dk = room(nk), .dv = room(nk),
-                              .dcarry = room(columns) };
-    memset(p->r.dcarry, 0, (size_t)columns);
-    sel_ref_attend(a, p->q, p->k, p->v, &p->r);
-    p->scale = 1.0;
-    for (int64_t i = 0; !a->relu && i < a->B * a->N * a->N; i++) p->scale = fmax(p->scale, fabs(p->r.F[i]));
-}
-
-/* Whether rounding could move the memory loss's row, or an F of that row across tau. */
-static bool near_memory_kink(const problem *p)
-{
-    const sel_ref_attention *a = &p->a;
-    for (int64_t b = 0; a->selective && a->tau > 0.0 && b < a->B; b++)
-        for (int64_t i = 0; i < a->N; i++) {
-            double M = (double)(i + 1);
-            for (int64_t j = 0; j <= i; j++) {
-                const double f = p->r.F[(b * a->N + i) * a->N + j];
-                if (i == p->r.m_row[b] && fabs(f - a->tau) < 10.0 * KINK * p->scale) return true;
-                M -= fmin(f, a->tau) / a->tau;
-            }
-            if (i != p->r.m_row[b] && fabs(M - p->r.m_max[b]) < 1e-5 * (double)a->N * p->scale) return true;
-        }
-    return false;
-}
-
-static problem problem_new(const sel_ref_attention *a, int s, double deviation, uint64_t seed)
-{
-    problem p = { .a = *a };
-    p.a.selective = switches[s].selective;
-    p.a.relu = switches[s].relu;
-    p.a.protect_bos = switches[s].protect_bos;
-    p.a.protect_self = switches[s].protect_self;
-    p.a.shift = switches[s].shift;
-    if (!p.a.selective || a->window) p.a.tau = 0.0;   /* equation 2 counts tokens that no window hides */
-    p.a.memory_coef = p.a.tau > 0.0 ? 0.25 : 0.0;
-    snprintf(p.name, sizeof p.name, "%s, B %d H %d/%d N %d dh %d window %d tau %g", switches[s].name, (int)a->B,
-             (int)a->H, (int)a->Hkv, (int)a->N, (int)a->dh, (int)a->window, p.a.tau);
-    for (random_seed(seed);; problem_free(&p)) {
-        p.q = float_normals(q_count(&p), deviation);
-        p.k = float_normals(k_count(&p), 1.0);
-        p.v = float_normals(k_count(&p), 1.0);
-        p.dout = float_normals(q_count(&p), 1.0);
-        if (p.a.selective && p.a.relu) avoid_kinks(&p);
-        problem_solve(&p);
-        if (!near_memory_kink(&p)) return p;
-    }
-}
-
-/* Memory that holds tensors; what belongs to none of them must stay as it was filled. */
-typedef struct {
-    float *x;
-    unsigned char *owned;
-    int64_t count;
-} field;
-
-/* A tensor [B][N][width] in a field. */
-typedef struct {
-    float *x;
-    int64_t B, N, width, seq, row;
-} tensor;
-
-static field field_new(int64_t count, float fill)
-{
-    field f = { room(count * 4), room(count), count };
-    memset(f.owned, 0, (size_t)count);
-    for (int64_t i = 0; i < count; i++) f.x[i] = fill;
-    return f;
-}
-
-static void field_free(field *f)
-{
-    free(f->x);
-    free(f->owned);
-}
-
-static tensor field_place(field *f, int64_t at, int64_t B, int64_t N, int64_t width, int64_t seq, int64_t row)
-{
-    for (int64_t b = 0; b < B; b++)
-        for (int64_t i = 0; i < N; i++) memset(f->owned + at + b * seq + i * row, 1, (size_t)width);
-    return (tensor){ f->x + at, B, N, width, seq, row };
-}
-
-static int64_t field_damage(const field *f)
-{
-    int64_t n = 0;
-    for (int64_t i = 0; i < f->count; i++) n += !f->owned[i] && f->x[i] != RIM;
-    return n;
-}
-
-static void tensor_write(const tensor *t, const double *x)
-{
-    for (int64_t b = 0; b < t->B; b++)
-        for (int64_t i = 0; i < t->N; i++)
-            for (int64_t d = 0; d < t->width; d++)
-                t->x[b * t->seq + i * t->row + d] = (float)x[(b * t->N + i) * t->width + d];
-}
-
-/* How q, k, v, out and the gradients lie in memory. */
-typedef enum { APART, PACKED } arrangement;
-
-typedef struct {
-    field fields[4];
-    tensor q, k, v, o;
-} quartet;
-
-/* Rows [i0, i1) of q and out, keys [0, i1) of k and v (or the gradients of these): each in a block of its own
-   size, or q, k, v interleaved by token with gaps between tokens and sequences, at an odd address. */
-static quartet quartet_new(const problem *p, arrangement how, int64_t i0, int64_t i1, float fill, float fill_out)
-{
-    const int64_t B = p->a.B, n = i1 - i0, Q = p->a.H * p->a.dh, K = p->a.Hkv * p->a.dh;
-    quartet t;
-    if (how == APART) {
-        t.fields[0] = field_new(B * n * Q, fill);
-        t.fields[1] = field_new(B * i1 * K, fill);
-        t.fields[2] = field_new(B * i1 * K, fill);
-        t.fields[3] = field_new(B * n * Q, fill_out);
-        t.q = field_place(&t.fields[0], 0, B, n, Q, n * Q, Q);
-        t.k = field_place(&t.fields[1], 0, B, i1, K, i1 * K, K);
-        t.v = field_place(&t.fields[2], 0, B, i1, K, i1 * K, K);
-        t.o = field_place(&t.fields[3], 0, B, n, Q, n * Q, Q);
-        return t;
-    }
-    const int64_t row = Q + 2 * K + 3, seq = i1 * row + 7, o_row = Q + 5, o_seq = n * o_row + 2;
-    t.fields[0] = field_new(1 + B * seq, fill);
-    t.fields[1] = field_new(0, fill);
-    t.fields[2] = field_new(0, fill);
-    t.fields[3] = field_new(3 + B * o_seq, fill_out);
-    t.q = field_place(&t.fields[0], 1 + i0 * row, B, n, Q, seq, row);
-    t.k = field_place(&t.fields[0], 1 + Q, B, i1, K, seq, row);
-    t.v = field_place(&t.fields[0], 1 + Q + K, B, i1, K, seq, row);
-    t.o = field_place(&t.fields[3], 3, B, n, Q, o_seq, o_row);
-    return t;
-}
-
-static void quartet_free(quartet *t)
-{
-    for (int i = 0; i < 4; i++) field_free(&t->fields[i]);
-}
-
-static int64_t quartet_damage(const quartet *t)
-{
-    int64_t n = 0;
-    for (int i = 0; i < 4; i++) n += field_damage(&t->fields[i]);
-    return n;
-}
-
-/* What the product made: contiguous, as the reference's. */
-typedef struct {
-    float *out, *lse, *dq, *dk, *dv, *carry, *dcarry;
-    double *m_max;
-    int64_t *m_row;
-    int64_t damage;
-} outcome;
-
-static outcome outcome_new(const problem *p)
-{
-    const int64_t nq = q_count(p) * 4, nk = k_count(p) * 4, columns = p->a.B * p->a.N * 4;
-    outcome o = { room(nq), room(columns * p->a.H), room(nq), room(nk), room(nk), room(columns), room(columns),
-                  room(p->a.B * 8), room(p->a.B * 8), 0 };
-    memset(o.dk, 0, (size_t)nk);
-    memset(o.dv, 0, (size_t)nk);
-    memset(o.carry, 0xff, (size_t)columns);       /* NaN: only what a call has written may be read */
-    memset(o.dcarry, 0xff, (size_t)columns);
-    for (int64_t b = 0; b < p->a.B; b++) {
-        o.m_max[b] = -INFINITY;
-        o.m_row[b] = 0;
-    }
-    return o;
-}
-
-static void outcome_free(outcome *o)
-{
-    float *const all[] = { o->out, o->lse, o->dq, o->dk, o->dv, o->carry, o->dcarry };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
-    free(o->m_max);
-    free(o->m_row);
-}
-
-/* A tensor into (or, add, onto) rows i0, i0 + 1, ... of a contiguous array [B][N][width]. */
-static void tensor_read(const tensor *t, float *x, int64_t N, int64_t i0, bool add)
-{
-    for (int64_t b = 0; b < t->B; b++)
-        for (int64_t i = 0; i < t->N; i++)
-            for (int64_t d = 0; d < t->width; d++) {
-                float *const to = x + (b * N + i0 + i) * t->width + d;
-                *to = t->x[b * t->seq + i * t->row + d] + (add ? *to : 0.0f);
-            }
-}
-
-/* Scratch of just the size asked for, full of NaN. */
-static void *workspace_new(const sel_attention *a, bool backward)
-{
-    const size_t bytes = sel_attention_workspace(a, backward);
-    void *w = NULL;
-    if (posix_memalign(&w, 64, bytes ? bytes : 64)) abort();
-    memset(w, 0xff, bytes);
-    return w;
-}
-
-/* One call over rows [i0, i1) and what its backward needs of it. */
-typedef struct {
-    sel_attention a;
-    float *lse, *saved, *carry_in;
-} piece;
-
-static piece piece_forward(const problem *p, const sel_ops *ops, const quartet *in, int threads, int64_t i0,
-                           int64_t i1, outcome *o)
-{
-    const int64_t B = p->a.B, N = p->a.N, H = p->a.H, n = i1 - i0;
-    piece c = { .lse = room(B * H * n * 4),
-                .saved = room(B * sel_attention_carries(n) * i1 * 4),
-                .carry_in = room(B * N * 4) };
-    double *m_max = room(B * 8);
-    int64_t *m_row = room(B * 8);
-    memcpy(c.carry_in, o->carry, (size_t)(B * N) * 4);
-    c.a = (sel_attention){ .B = B, .heads = H, .kv_heads = p->a.Hkv, .dh = p->a.dh, .i0 = i0, .i1 = i1,
-                           .window = p->a.window, .selective = p->a.selective, .relu = p->a.relu,
-                           .protect_bos = p->a.protect_bos, .protect_self = p->a.protect_self, .shift = p->a.shift,
-                           .q = in->q.x + i0 * in->q.row, .q_seq = in->q.seq, .q_row = in->q.row,
-                           .k = in->k.x, .k_seq = in->k.seq, .k_row = in->k.row,
-                           .v = in->v.x, .v_seq = in->v.seq, .v_row = in->v.row,
-                           .out = in->o.x + i0 * in->o.row, .out_seq = in->o.seq, .out_row = in->o.row,
-                           .lse = c.lse, .carry_in = i0 ? c.carry_in : NULL, .carry_out = o->carry, .carry_seq = N,
-                           .saved = c.saved, .tau = p->a.tau, .m_max = m_max, .m_row = m_row, .threads = threads };
-    if (i0 % 2) c.a.carry_in = o->carry;      /* in place */
-    c.a.workspace = workspace_new(&c.a, false);
-    ops->attention_forward(&c.a);
-    free(c.a.workspace);
-    c.a.carry_in = i0 ? c.carry_in : NULL;
-
-    for (int64_t b = 0; b < B; b++) {
-        for (int64_t h = 0; h < H; h++)
-            memcpy(o->lse + (b * H + h) * N + i0, c.lse + (b * H + h) * n, (size_t)n * 4);
-        if (p->a.tau > 0.0 && m_max[b] > o->m_max[b]) {
-            o->m_max[b] = m_max[b];
-            o->m_row[b] = m_row[b];
-        }
-    }
-    free(m_max);
-    free(m_row);
-    return c;
-}
-
-static void piece_backward(const problem *p, const sel_ops *ops, piece *c, const tensor *dout, arrangement how,
-                           outcome *o)
-{
-    const int64_t B = p->a.B, N = p->a.N;
-    quartet g = quartet_new(p, how, c->a.i0, c->a.i1, RIM, RIM);
-    float *before = room(B * N * 4);
-    memcpy(before, o->dcarry, (size_t)(B * N) * 4);
-    const bool last = c->a.i1 == N, in_place = c->a.i0 % 2;
-    const sel_attention_grad grad = { .dout = dout->x + c->a.i0 * dout->row,
-                                      .dq = g.q.x, .dq_seq = g.q.seq, .dq_row = g.q.row,
-                                      .dk = g.k.x, .dk_seq = g.k.seq, .dk_row = g.k.row,
-                                      .dv = g.v.x, .dv_seq = g.v.seq, .dv_row = g.v.row,
-                                      .dcarry_in = last ? NULL : in_place ? o->dcarry : before,
-                                      .dcarry_out = o->dcarry,
-                                      .memory_coef = (float)p->a.memory_coef };
-    c->a.m_row = o->m_row;                    /* of the whole sequence: may lie outside this call's rows */
-    c->a.workspace = workspace_new(&c->a, true);
-    ops->attention_backward(&c->a, &grad);
-    free(c->a.workspace);
-
-    tensor_read(&g.q, o->dq, N, c->a.i0, false);
-    tensor_read(&g.k, o->dk, N, 0, true);
-    tensor_read(&g.v, o->dv, N, 0, true);
-    o->damage += quartet_damage(&g);
-    quartet_free(&g);
-    free(before);
-}
-
-/* The product on a problem, rows cut at cuts[0] = 0 < cuts[1] < ... < cuts[n] = N. */
-static outcome run(const problem *p, const sel_ops *ops, int threads, arrangement how, const int64_t *cuts, int n)
-{
-    quartet in = quartet_new(p, how, 0, p->a.N, NAN, RIM), d = quartet_new(p, how, 0, p->a.N, NAN, NAN);
-    outcome o = outcome_new(p);
-    piece *pieces = room(n * (int64_t)sizeof *pieces);
-    tensor_write(&in.q, p->q);
-    tensor_write(&in.k, p->k);
-    tensor_write(&in.v, p->v);
-    tensor_write(&d.o, p->dout);
-
-    for (int c = 0; c < n; c++) pieces[c] = piece_forward(p, ops, &in, threads, cuts[c], cuts[c + 1], &o);
-    tensor_read(&in.o, o.out, p->a.N, 0, false);
-    o.damage += field_damage(&in.fields[3]);
-    for (int c = n - 1; c >= 0; c--) {
-        piece_backward(p, ops, &pieces[c], &d.o, how, &o);
-        free(pieces[c].lse);
-        free(pieces[c].saved);
-        free(pieces[c].carry_in);
-    }
-    free(pieces);
-    quartet_free(&in);
-    quartet_free(&d);
-    return o;
-}
-
-static double distance(const float *x, const double *y, int64_t n)
-{
-    double s = 0.0;
-    for (int64_t i = 0; i < n; i++) s += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
-    return sqrt(s);
-}
-
-static double worst;   /* of all relative errors over their bounds, for the summary */
-
-static void check_near(const problem *p, const sel_ops *ops, const char *how, const char *what, const float *x,
-                       const double *y, int64_t n)
-{
-    const double size = norm(y, n), output = norm(p->dout, q_count(p)), error = distance(x, y, n);
-    const bool absent = p->a.N == 1 || size < 1e-9 * output;
-    const double limit = fmax(BOUND * p->scale * size, absent ? ABSENT * output : 0.0);
-    CHECK(error <= limit, "%s, %s, %s: %s: error %.3g of %s %.3g", sel_cpu_level_name(ops->level), p->name, how, what,
-          error / (absent ? output : size), absent ? "|dO|" : "norm", absent ? output : size);
-    if (!absent && limit > 0.0) worst = fmax(worst, error / limit);
-}
-
-static void check_outcome(const problem *p, const sel_ops *ops, const char *how, const outcome *o)
-{
-    const sel_ref_attention *a = &p->a;
-    check_near(p, ops, how, "out", o->out, p->r.out, q_count(p));
-    check_near(p, ops, how, "lse", o->lse, p->r.lse, a->B * a->N * a->H);
-    check_near(p, ops, how, "dq", o->dq, p->r.dq, q_count(p));
-    check_near(p, ops, how, "dk", o->dk, p->r.dk, k_count(p));
-    check_near(p, ops, how, "dv", o->dv, p->r.dv, k_count(p));
-    CHECK(o->damage == 0, "%s, %s, %s: %lld values written outside the outputs", sel_cpu_level_name(ops->level),
-          p->name, how, (long long)o->damage);
-    if (!a->selective) return;
-    check_near(p, ops, how, "carry", o->carry, p->r.carry, a->B * a->N);
-    check_near(p, ops, how, "dcarry", o->dcarry, p->r.dcarry, a->B * a->N);
-    for (int64_t b = 0; a->tau > 0.0 && b < a->B; b++) {
-        CHECK(o->m_row[b] == p->r.m_row[b], "%s, %s, %s: sequence %d: memory row %lld, not %lld",
-              sel_cpu_level_name(ops->level), p->name, how, (int)b, (long long)o->m_row[b], (long long)p->r.m_row[b]);
-        CHECK(fabs(o->m_max[b] - p->r.m_max[b]) <= BOUND * (double)a->N * p->scale, "%s, %s, %s: memory %.9g, not %.9g",
-              sel_cpu_level_name(ops->level), p->name, how, o->m_max[b], p->r.m_max[b]);
-    }
-}
-
-static sel_ops tables[3];
-static int levels;
-
-static void check_whole(const problem *p, int threads, arrangement how)
-{
-    char text[64];
-    snprintf(text, sizeof text, "%d threads, %s", threads, how == PACKED ? "packed" : "apart");
-    for (int l = 0; l < levels; l++) {
-        outcome o = run(p, &tables[l], threads, how, (const int64_t[]){ 0, p->a.N }, 1);
-        check_outcome(p, &tables[l], text, &o);
-        outcome_free(&o);
-    }
-}
+#include "tests/attention_case.h"
 
 /* Every length with every set of switches; the other sizes go round, so that all of them meet many others. */
 static void check_grid(int thin)
@@ -617,8 +177,88 @@ static void check_standard_bits(void)
     }
 }
 
+/* bfloat16 operands are rounded inside: inputs between its values give the bits of the rounded ones (dq and dk do not,
+   where dout is between them: delta takes it as it is), and P is rounded too, or out and dv would be nearer to the
+   reference. */
+static void check_rounding(void)
+{
+    static const int64_t shapes[][2] = { { 64, 0 }, { 16, 0 }, { 40, 0 }, { 64, 70 } };
+    for (int c = 0; c < 4; c++) {
+        const sel_ref_attention a = { .B = 1, .H = 4, .Hkv = 2, .N = 200, .dh = shapes[c][0], .window = shapes[c][1] };
+        problem between = problem_new(&a, 1, 1.0, 9000 + (uint64_t)c);
+        const int64_t counts[] = { q_count(&between), k_count(&between), k_count(&between), q_count(&between) };
+        double *const inputs[] = { between.q, between.k, between.v, between.dout };
+        for (int x = 0; x < 4; x++)   /* at most a quarter of bfloat16's spacing off: all round back */
+            for (int64_t i = 0; i < counts[x]; i++) inputs[x][i] *= 1.0 + 0x1p-10 * (random_uniform() - 0.5);
+        problem whole = between;
+        whole.q = room(counts[0] * 8);
+        whole.k = room(counts[1] * 8);
+        whole.v = room(counts[2] * 8);
+        whole.dout = room(counts[3] * 8);
+        double *const rounded[] = { whole.q, whole.k, whole.v, whole.dout };
+        for (int x = 0; x < 4; x++)
+            for (int64_t i = 0; i < counts[x]; i++) rounded[x][i] = operand((double)(float)inputs[x][i]);
+        for (int l = 0; l < levels; l++)
+            for (int t = 1; t <= 2; t++) {
+                const char *const level = sel_cpu_level_name(tables[l].level);
+                const int64_t cuts[] = { 0, a.N };
+                outcome x = run(&between, &tables[l], t, APART, cuts, 1);
+                outcome y = run(&whole, &tables[l], t, APART, cuts, 1);
+                CHECK(same_bits(x.out, y.out, counts[0]) && same_bits(x.lse, y.lse, a.H * a.N) &&
+                          same_bits(x.carry, y.carry, a.N) && same_bits(x.dv, y.dv, counts[2]),
+                      "%s, %s, %d threads: operands are not rounded", level, whole.name, t);
+                problem rough = between;
+                rough.dout = whole.dout;
+                outcome z = run(&rough, &tables[l], t, APART, cuts, 1);
+                CHECK(same_gradients(&whole, &y, &z), "%s, %s, %d threads: q, k or v is not rounded in backward", level,
+                      whole.name, t);
+                const double out = distance(y.out, whole.r.out, counts[0]) / norm(whole.r.out, counts[0]);
+                const double dv = distance(y.dv, whole.r.dv, counts[2]) / norm(whole.r.dv, counts[2]);
+                CHECK(out > 3e-4 && dv > 3e-4, "%s, %s: P is not rounded: out %.3g, dv %.3g off", level, whole.name,
+                      out, dv);
+                outcome_free(&x);
+                outcome_free(&y);
+                outcome_free(&z);
+            }
+        for (int x = 0; x < 4; x++) free(rounded[x]);
+        problem_free(&between);
+    }
+}
+
+/* Backward of one row and key with out = 0, so that delta = 0:
+       P = exp(-lse), dZ = P (dout . v), dv = P dout, dq = dZ k / 8
+   Where each is rounded to bfloat16 shows in the bits; its spacing is 2^-7 above 1, 1 below 256, 2 above. */
+static void check_rounding_points(void)
+{
+    static const struct {
+        double P, dout, v[2], dq, dv;
+    } cases[] = {
+        { 1.0, 1.0, { 256.0, 0.5 }, 256.0 / 8.0, 1.0 },              /* dZ = 256.5 is rounded */
+        { 1.0 + 0x1.8p-9, 1.0, { 256.0, 0.5 }, 258.0 / 8.0, 1.0 },   /* dZ = 257.25, of P unrounded; dv of P rounded */
+        { 1.0, 1.0 + 0x1.8p-9, { 255.0, 0.0 }, 255.0 / 8.0, 1.0 },   /* dout is rounded before dout . v and P dout */
+    };
+    enum { DH = 64 };
+    for (int c = 0; c < 3; c++)
+        for (int l = 0; l < levels; l++) {
+            const float q[DH] = { 0 }, k[DH] = { 1.0f }, v[DH] = { (float)cases[c].v[0], (float)cases[c].v[1] };
+            const float d = (float)cases[c].dout, dout[DH] = { d, d };
+            float out[DH] = { 0 }, lse = (float)-log(cases[c].P), dq[DH], dk[DH], dv[DH];
+            sel_attention a = { .B = 1, .heads = 1, .kv_heads = 1, .dh = DH, .i1 = 1, .q = q, .k = k, .v = v,
+                                .out = out, .lse = &lse, .bfloat16 = true, .threads = 1 };
+            const sel_attention_grad g = { .dout = dout, .dq = dq, .dk = dk, .dv = dv };
+            a.q_seq = a.q_row = a.k_seq = a.k_row = a.v_seq = a.v_row = a.out_seq = a.out_row = DH;
+            a.workspace = workspace_new(&a, true);
+            tables[l].attention_backward(&a, &g);
+            free(a.workspace);
+            const double got_dq = (double)dq[0], got_dv = (double)dv[0];
+            CHECK(got_dq == cases[c].dq && got_dv == cases[c].dv, "%s, case %d: dq %.9g, not %.9g; dv %.9g, not %.9g",
+                  sel_cpu_level_name(tables[l].level), c, got_dq, cases[c].dq, got_dv, cases[c].dv);
+        }
+}
+
 /* Logits of 512 and 256 make softmax pick one key, exactly.  Head 1 picks key 5 until row r has masked it by 1024,
-   then key 3: out is a row of v, to the bit, and the row where it changes is r + 1 (r without shift). */
+   then key 3: out is a row of v, to the bit of the operands' type, and the row where it changes is r + 1 (r without
+   shift). */
 static void check_exact_pick(void)
 {
     static const int64_t rows[] = { 6, 31, 32, 63, 64, 65, 127, 128, 150 };
@@ -642,7 +282,7 @@ static void check_exact_pick(void)
             for (int64_t i = 5; i < N; i++) {
                 const int64_t key = i <= r - !p.a.shift ? 5 : 3;
                 for (int64_t d = 0; d < dh; d++)
-                    wrong += (double)o.out[(i * 2 + 1) * dh + d] != p.v[(key * 2 + 1) * dh + d];
+                    wrong += operand((double)o.out[(i * 2 + 1) * dh + d]) != p.v[(key * 2 + 1) * dh + d];
             }
             CHECK(wrong == 0, "%s, row %d, shift %d: %d values differ", sel_cpu_level_name(tables[l].level), (int)r,
                   (int)p.a.shift, (int)wrong);
@@ -734,7 +374,8 @@ static void check_saved_groups(int64_t N)
                 difference += (u - v) * (u - v);
                 size += u * u;
             }
-            CHECK(sqrt(difference) <= BOUND * sqrt(size), "%s, N %d: d%c: relative error %.3g",
+            const double bound = bfloat16 ? AGREE_BF16 : BOUND;
+            CHECK(sqrt(difference) <= bound * sqrt(size), "%s, N %d: d%c: relative error %.3g",
                   sel_cpu_level_name(tables[l].level), (int)N, "qkv"[g], sqrt(difference / size));
         }
         outcome_free(&x);
@@ -752,18 +393,27 @@ int main(void)
     for (int level = SEL_CPU_C; level <= (int)sel_cpu_detect(); level++)
         sel_ops_init(&tables[levels++], (sel_cpu_level)level);
 
-    check_exact_pick();
-    check_memory_tie();
-    check_grid(quick ? 3 : 1);
-    check_windows(quick ? 3 : 1);
-    check_pieces(quick ? 3 : 1);
-    check_wrongs();
-    check_threads();
-    check_standard_bits();
-    check_large_logits();
-    check_long(quick ? 700 : 2048);
-    check_saved_groups(4200);
-    if (!quick) check_saved_groups(8300);
-    printf("%d levels, largest error %.2f of its bound\n", levels, worst);
+    for (int type = 0; type < 2; type++) {
+        bfloat16 = type == 1;
+        check_exact_pick();
+        check_memory_tie();
+        check_grid(quick ? 3 : 1);
+        check_windows(quick ? 3 : 1);
+        check_pieces(quick ? 3 : 1);
+        if (bfloat16) {
+            check_rounding_points();
+            check_rounding();
+        } else {
+            check_wrongs();
+        }
+        check_threads();
+        check_standard_bits();
+        check_large_logits();
+        check_long(quick ? 700 : 2048);
+        check_saved_groups(4200);
+        if (!quick) check_saved_groups(8300);
+    }
+    printf("%d levels, largest error %.2f of its bound; bfloat16 %.2f, kernels apart %.2f\n", levels, worst[0],
+           worst[1], farthest);
     return check_verdict();
 }

@@ -216,8 +216,8 @@ static void check_backend(sel_linear_backend backend, const char *library)
     for (int threads = 1; threads <= 3; threads++) {
         sel_linear_engine *e = NULL, *other = NULL;
         const int before = omp_get_max_threads();
-        CHECK_OK(sel_linear_open(&e, backend, threads));
-        CHECK_OK(sel_linear_open(&other, backend, threads % 3 + 1));   /* must not disturb the first */
+        CHECK_OK(sel_linear_open(&e, backend, SEL_FLOAT32, threads));
+        CHECK_OK(sel_linear_open(&other, backend, SEL_FLOAT32, threads % 3 + 1));   /* must not disturb the first */
         if (!e || !other) return;
         const char *name = sel_linear_library(e);
         CHECK(strncmp(name, library, strlen(library)) == 0 && strpbrk(name, "0123456789"),

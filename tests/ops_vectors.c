@@ -71,6 +71,12 @@ static float *copy(const float *x, int64_t n)
     return y;
 }
 
+/* bfloat16 values; the last one touches the rim. */
+static uint16_t *halves(int64_t n)
+{
+    return (uint16_t *)(void *)array((n + 1) / 2) + n % 2;
+}
+
 /* Checks the rims of all arrays and frees them. */
 static void arrays_end(void)
 {
@@ -88,6 +94,34 @@ static bool same(const float *a, const float *b, int64_t n) { return memcmp(a, b
 #define NEAR(got, want, bound, what, i)                                                                     \
     CHECK(fabs((double)(got) - (want)) <= (bound), "%s: %s[%" PRId64 "] = %.9g, not %.9g (bound %.3g)", place, \
           what, (int64_t)(i), (double)(got), (double)(want), (double)(bound))
+
+/* x rounded to 8 significant bits, 2^-133 at the finest; past the largest finite value infinity. */
+static double to_8_bits(double x)
+{
+    int power;
+    if (!isfinite(x) || x == 0.0) return x;
+    frexp(x, &power);
+    const double unit = ldexp(1.0, (power > -125 ? power : -125) - 8), y = rint(x / unit) * unit;
+    return fabs(y) < 0x1p128 ? y : x * INFINITY;
+}
+
+static float bf16_value(uint16_t y)
+{
+    const uint32_t bits = (uint32_t)y << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Whether each y is x rounded, signs of zeros included. */
+static bool rounded(const uint16_t *y, const float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const float got = bf16_value(y[i]), want = (float)to_8_bits((double)x[i]);
+        if (isnan(want) ? !isnan(got) : got != want || signbit(got) != signbit(want)) return false;
+    }
+    return true;
+}
 
 /* ---- embeddings ---- */
 
@@ -219,6 +253,16 @@ static void test_norm(int64_t D, int heads, int threads, float size)
     }
     CHECK(same(y, y1, ROWS * y_row) && same(rstd, rstd1, ROWS * n), "%s: bits depend on threads", place);
 
+    if (!heads) {
+        uint16_t *half = halves(ROWS * D);
+        float *rstd2 = array(ROWS);
+        ops.rmsnorm_forward_bf16(half, NULL, x, w, ROWS, D, 1);
+        CHECK(rounded(half, y, ROWS * D), "%s: bfloat16 without rstd", place);
+        memset(half, 0xff, (size_t)(ROWS * D) * sizeof *half);
+        ops.rmsnorm_forward_bf16(half, rstd2, x, w, ROWS, D, threads);
+        CHECK(rounded(half, y, ROWS * D) && same(rstd2, rstd, ROWS), "%s: bfloat16 is not float32 rounded", place);
+    }
+
     const float *dy = noise(ROWS * y_row, 1.0f);
     float *dx = noise(ROWS * x_row, 0.1f), *dw = noise(D, 1.0f), *scratch = array(threads * D);
     const float *dx_before = copy(dx, ROWS * x_row), *dw_before = copy(dw, D);
@@ -312,6 +356,17 @@ static void test_swiglu(int64_t Fw, int threads)
     ops.swiglu_backward(own, NULL, da, own, ROWS, Fw, 1);
     CHECK(same(again, a, ROWS * Fw), "%s: a rebuilt differs from forward's", place);
     CHECK(same(own, dgu, ROWS * 2 * Fw), "%s: dgu in gu's place", place);
+
+    uint16_t *half = halves(ROWS * Fw), *half_dgu = halves(ROWS * 2 * Fw);
+    ops.swiglu_forward_bf16(half, gu, ROWS, Fw, threads);
+    CHECK(rounded(half, a, ROWS * Fw), "%s: bfloat16 forward is not float32 rounded", place);
+    memset(half, 0xff, (size_t)(ROWS * Fw) * sizeof *half);
+    ops.swiglu_backward_bf16(half_dgu, half, da, gu, ROWS, Fw, threads);
+    CHECK(rounded(half, a, ROWS * Fw), "%s: bfloat16 a rebuilt differs from forward's", place);
+    CHECK(rounded(half_dgu, dgu, ROWS * 2 * Fw), "%s: bfloat16 backward is not float32 rounded", place);
+    memset(half_dgu, 0xff, (size_t)(ROWS * 2 * Fw) * sizeof *half_dgu);
+    ops.swiglu_backward_bf16(half_dgu, NULL, da, gu, ROWS, Fw, 1);
+    CHECK(rounded(half_dgu, dgu, ROWS * 2 * Fw), "%s: bfloat16 backward without a", place);
 
     for (int64_t i = 0; i < ROWS * Fw; i++) {
         const int64_t at = i / Fw * 2 * Fw + i % Fw;
@@ -493,6 +548,35 @@ static void test_add(int64_t n, int threads)
     arrays_end();
 }
 
+/* Every upper half of a float with the lower halves where rounding turns: ties to even and odd, one beside them,
+   carries into the exponent and to infinity, denormals, infinities, NaN of any payload. */
+static void test_to_bfloat16(void)
+{
+    static const uint32_t low[] = { 0, 1, 0x7fff, 0x8000, 0x8001, 0xffff };
+    const int64_t n = 65536 * COUNT(low);
+    AT("to_bfloat16 %s", sel_cpu_level_name(ops.level));
+    float *x = array(n);
+    uint16_t *y = halves(n);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)(i / COUNT(low)) << 16 | low[i % COUNT(low)];
+        memcpy(x + i, &bits, sizeof bits);
+    }
+    ops.to_bfloat16(y, x, n, 2);
+    for (int64_t i = 0; i < n; i++) {
+        CHECK(rounded(y + i, x + i, 1), "%s: %a became %a", place, (double)x[i], (double)bf16_value(y[i]));
+        CHECK(!isnan(x[i]) || (y[i] & 0x40), "%s: a signalling NaN: %04x", place, y[i]);
+    }
+    for (int i = 0; i < COUNT(SIZES); i++)
+        for (int threads = 1; threads <= 3; threads++) {
+            const float *from = noise(SIZES[i], 1.0f);
+            uint16_t *to = halves(SIZES[i]);
+            ops.to_bfloat16(to, from, SIZES[i], threads);
+            CHECK(rounded(to, from, SIZES[i]), "%s: %" PRId64 " values", place, SIZES[i]);
+        }
+    ops.to_bfloat16(NULL, NULL, 0, 2);
+    arrays_end();
+}
+
 static void adamw_call(float *w, float *m, float *v, const float *g, int64_t n, double beta1, double beta2, int step,
                        int threads)
 {
@@ -605,7 +689,7 @@ static void test_vec(void)
 
 static void test_cpu(void)
 {
-    static const char *const words[] = { "c", "avx2", "avx512" };
+    static const char *const words[] = { "c", "avx2", "avx512", "avx512bf16" };
     const sel_cpu_level most = sel_cpu_detect();
     sel_cpu_level got;
     unsetenv("SELECTRA_CPU");
@@ -675,6 +759,7 @@ static void test_level(void)
         test_adamw(9001, threads, 0.9, 0.999);
         test_adamw(33, threads, 0.0, 0.0);
     }
+    test_to_bfloat16();
     test_loss(70001, 12, 2);
     test_norm_nan();
     test_swiglu_oracle();
@@ -682,6 +767,9 @@ static void test_level(void)
     test_add(0, 2);
     ops.embed_forward(NULL, NULL, NULL, NULL, 0, 0, 0, 8, 2);
     ops.swiglu_forward(NULL, NULL, 0, 8, 2);
+    ops.rmsnorm_forward_bf16(NULL, NULL, NULL, NULL, 0, 8, 2);
+    ops.swiglu_forward_bf16(NULL, NULL, 0, 8, 2);
+    ops.swiglu_backward_bf16(NULL, NULL, NULL, NULL, 0, 8, 2);
     ops.cross_entropy(NULL, NULL, NULL, NULL, 1.0f, 0, 8, 2);
     static const int64_t long_sizes[] = { 0, 1, 2, 15, 16, 17, 65535, 65536, 65537, 200001 };
     for (int i = 0; i < COUNT(long_sizes); i++) test_squares(long_sizes[i]);

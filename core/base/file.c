@@ -68,6 +68,8 @@ static sel_status make_dir(const char *path)
     if (sel_path_is_dir(path)) return SEL_OK;
     if (reason == EEXIST || reason == ENOTDIR)
         return sel_fail(SEL_EUSER, "%s: cannot make the folder: a file is in the way", path);
+    if (reason == EACCES || reason == EPERM || reason == EROFS)
+        return sel_fail(SEL_EUSER, "%s: cannot make the folder: %s", path, strerror(reason));
     errno = reason;
     return fail_errno(path, "make the folder");
 }

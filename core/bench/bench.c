@@ -54,13 +54,24 @@ float *sel_bench_array(int64_t n, uint64_t stream)
     return x;
 }
 
+void *sel_bench_operand(const sel_bench *b, int64_t n, uint64_t stream)
+{
+    float *const x = sel_bench_array(n, stream);
+    if (!x || b->dtype == SEL_FLOAT32) return x;
+    uint16_t *const rounded = sel_alloc((size_t)n * sizeof *rounded, "a benchmark's array");
+    if (rounded) b->ops->to_bfloat16(rounded, x, n, b->threads);
+    sel_free(x);
+    return rounded;
+}
+
 enum { PEAK_ROWS = 4096, PEAK_WIDTH = 768 };
 static const double peak_flops = 2.0 * PEAK_ROWS * PEAK_WIDTH * PEAK_WIDTH;
 
 /* What every round is measured against: the matrix product of the peak, or a copy of memory. */
 typedef struct {
     sel_linear *l;
-    float *x, *w, *y;
+    void *x;
+    float *w, *y;
     float *from, *to;
     int64_t n;
 } yardstick;
@@ -74,7 +85,7 @@ static sel_status yardstick_open(yardstick *y, const sel_bench *b, bool copy)
         y->to = sel_bench_array(y->n, 2);
         return y->from && y->to ? SEL_OK : SEL_ENOMEM;
     }
-    y->x = sel_bench_array(PEAK_ROWS * PEAK_WIDTH, 1);
+    y->x = sel_bench_operand(b, PEAK_ROWS * PEAK_WIDTH, 1);
     y->w = sel_bench_array(PEAK_WIDTH * PEAK_WIDTH, 2);
     y->y = sel_bench_array(PEAK_ROWS * PEAK_WIDTH, 3);
     if (!y->x || !y->w || !y->y) return SEL_ENOMEM;
@@ -124,15 +135,16 @@ sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int
     }
     if (rc == SEL_OK) {
         const double yard = median(seconds, b->runs);
-        if (!copy) out->peak_gflops = peak_flops / yard * 1e-9;
+        if (!copy) out->peak_gflops[b->dtype] = peak_flops / yard * 1e-9;
         for (int i = 0; rc == SEL_OK && i < n; i++) {
             sel_bench_result row = cases[i].row;
+            row.dtype = b->dtype == SEL_BFLOAT16 && !copy ? "bfloat16" : "float32";
             row.threads = b->threads;
             row.runs = b->runs;
             row.seconds_median = median(seconds + (i + 1) * b->runs, b->runs);
             if (cases[i].flops > 0.0) {
                 row.gflops = cases[i].flops / row.seconds_median * 1e-9;
-                row.share_of_peak = row.gflops / out->peak_gflops;
+                row.share_of_peak = row.gflops / out->peak_gflops[b->dtype];
             }
             if (cases[i].bytes > 0.0) {
                 row.gbytes_per_second = cases[i].bytes / row.seconds_median * 1e-9;
@@ -152,7 +164,8 @@ sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int
 typedef struct {
     sel_linear *l;
     int64_t out, in;
-    float *x, *y, *w, *dw;
+    void *x, *dy;               /* operands */
+    float *y, *dx, *w, *dw;
 } gemm;
 
 static sel_status gemm_forward(void *ctx)
@@ -163,12 +176,12 @@ static sel_status gemm_forward(void *ctx)
 static sel_status gemm_input(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_input(g->l, PEAK_ROWS, g->y, g->out, g->x, g->in);
+    return sel_linear_backward_input(g->l, PEAK_ROWS, g->dy, g->out, g->dx, g->in);
 }
 static sel_status gemm_weight(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->y, g->out, g->x, g->in, g->dw);
+    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->dy, g->out, g->x, g->in, g->dw);
 }
 
 sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
@@ -186,15 +199,17 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
     memset(g, 0, sizeof g);
     for (int i = 0; rc == SEL_OK && i < SHAPES; i++) {
         g[i] = (gemm){ .out = shapes[i].out, .in = shapes[i].in };
-        g[i].x = sel_bench_array(PEAK_ROWS * g[i].in, 11);
+        g[i].x = sel_bench_operand(b, PEAK_ROWS * g[i].in, 11);
+        g[i].dy = sel_bench_operand(b, PEAK_ROWS * g[i].out, 12);
         g[i].y = sel_bench_array(PEAK_ROWS * g[i].out, 12);
+        g[i].dx = sel_bench_array(PEAK_ROWS * g[i].in, 11);
         g[i].w = sel_bench_array(g[i].out * g[i].in, 13);
         g[i].dw = sel_bench_array(g[i].out * g[i].in, 14);
-        if (!g[i].x || !g[i].y || !g[i].w || !g[i].dw) rc = SEL_ENOMEM;
+        if (!g[i].x || !g[i].dy || !g[i].y || !g[i].dx || !g[i].w || !g[i].dw) rc = SEL_ENOMEM;
         if (rc == SEL_OK) rc = sel_linear_new(&g[i].l, b->engine, g[i].out, g[i].in, true);
         if (rc == SEL_OK) rc = sel_linear_pack(g[i].l, g[i].w);
         const double flops = 2.0 * PEAK_ROWS * (double)(g[i].out * g[i].in);
-        const sel_bench_result row = { .name = shapes[i].name, .dtype = "float32", .pass = "forward", .N = PEAK_ROWS };
+        const sel_bench_result row = { .name = shapes[i].name, .pass = "forward", .N = PEAK_ROWS };
         cases[3 * i] = (sel_bench_case){ .run = gemm_forward, .ctx = &g[i], .flops = flops, .row = row };
         cases[3 * i + 1] = (sel_bench_case){ .run = gemm_input, .ctx = &g[i], .flops = flops, .row = row };
         cases[3 * i + 2] = (sel_bench_case){ .run = gemm_weight, .ctx = &g[i], .flops = flops, .row = row };
@@ -205,7 +220,9 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
     for (int i = 0; i < SHAPES; i++) {
         sel_linear_free(&g[i].l);
         sel_free(g[i].x);
+        sel_free(g[i].dy);
         sel_free(g[i].y);
+        sel_free(g[i].dx);
         sel_free(g[i].w);
         sel_free(g[i].dw);
     }
@@ -240,7 +257,7 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
     static const char *const kinds[] = { "selective", "standard" };
     const int64_t row = heads * dh, seq = N * row, n = batch * seq;
     float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
-    float *const saved = sel_bench_array(batch * sel_attention_carries(N) * N, 10);
+    float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
     void *workspace = NULL;
     attention t[2];
     sel_bench_case cases[4];
@@ -255,14 +272,14 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
                                   .relu = true, .protect_bos = true, .protect_self = true, .shift = true, .q = x[Q],
                                   .k = x[K], .v = x[V], .q_seq = seq, .q_row = row, .k_seq = seq, .k_row = row,
                                   .v_seq = seq, .v_row = row, .out = x[OUT], .out_seq = seq, .out_row = row, .lse = lse,
-                                  .saved = saved, .threads = b->threads };
+                                  .saved = saved, .bfloat16 = b->dtype == SEL_BFLOAT16, .threads = b->threads };
         t[i].g = (sel_attention_grad){ .dout = x[DOUT], .dq = x[DQ], .dk = x[DK], .dv = x[DV], .dq_seq = seq,
                                        .dq_row = row, .dk_seq = seq, .dk_row = row, .dv_seq = seq, .dv_row = row };
         const size_t forward = sel_attention_workspace(&t[i].a, false), backward = sel_attention_workspace(&t[i].a, true);
         if (!workspace && !(workspace = sel_alloc(forward > backward ? forward : backward, "attention's scratch")))
             rc = SEL_ENOMEM;
         t[i].a.workspace = workspace;
-        const sel_bench_result figure = { .name = "attention", .kind = kinds[i], .dtype = "float32", .pass = "forward",
+        const sel_bench_result figure = { .name = "attention", .kind = kinds[i], .pass = "forward",
                                           .B = batch, .H = heads, .N = N, .dh = dh };
         cases[2 * i] = (sel_bench_case){ .run = attention_forward, .ctx = &t[i], .flops = flops, .row = figure };
         cases[2 * i + 1] = (sel_bench_case){ .run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure };

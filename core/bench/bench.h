@@ -29,12 +29,13 @@ typedef struct {
 typedef struct {
     sel_bench_result *rows;   /* [n], owned */
     int n, capacity;
-    double peak_gflops;       /* median, float32, on the latest call's threads */
+    double peak_gflops[2];    /* medians by sel_dtype, on the latest call's threads */
 } sel_bench_results;
 
 typedef struct {
     const sel_ops *ops;
-    sel_linear_engine *engine;   /* on `threads` threads */
+    sel_linear_engine *engine;   /* on `threads` threads, of type `dtype`: the peak is of it too */
+    sel_dtype dtype;
     int threads, runs;           /* rounds */
 } sel_bench;
 

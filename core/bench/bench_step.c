@@ -36,7 +36,7 @@ static sel_status run_step(void *ctx)
 static sel_status make(step *s, const sel_bench *b, const sel_config *c, bool selective)
 {
     sel_model_options o = { .use = SEL_USE_TRAIN, .batch = s->batch, .tokens = s->layout->dims.N,
-                            .attention = sel_attention_options_of(c), .threads = b->threads, .ops = b->ops,
+                            .attention = sel_attention_options_of(c), .bfloat16 = b->dtype == SEL_BFLOAT16, .threads = b->threads, .ops = b->ops,
                             .engine = b->engine };
     o.attention.selective = selective;
     if (!selective) o.attention.epsilon = 0.0;
@@ -72,7 +72,7 @@ sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab
         rc = make(&both[i], b, c, i == 0);
         cases[i] = (sel_bench_case){ .run = run_step, .ctx = &both[i], .tokens = (double)(batch * dims.N),
                                      .flops = sel_model_flops(&dims, batch * dims.N, dims.N),
-                                     .row = { .name = "step", .kind = kinds[i], .dtype = "float32", .pass = "step",
+                                     .row = { .name = "step", .kind = kinds[i], .pass = "step",
                                               .B = batch, .H = dims.H, .N = dims.N, .dh = dims.dh } };
     }
     if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 2, false, out);

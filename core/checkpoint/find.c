@@ -63,6 +63,11 @@ static sel_status find_newest(sel_manifest *m, const char *dir, void (*warn)(voi
         sel_step_name(name, steps[i]);
         rc = sel_path_join(folder, dir, name);
         if (rc == SEL_OK) rc = as_damage(check_folder(m, folder, steps[i]));
+        if (rc == SEL_OK && i > 0 && warn) {
+            char line[SEL_PATH_MAX + 64];
+            snprintf(line, sizeof line, "%s: the newest intact one, is used instead", m->path);
+            warn(ctx, line);
+        }
         if (rc != SEL_EFILE) break;
         if (i == 0) snprintf(newest, sizeof newest, "%s", sel_error());
         if (warn) warn(ctx, sel_error());

@@ -11,7 +11,7 @@
 
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
-typedef enum { SEL_PRECISION_FLOAT32 } sel_precision;
+typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_ON_NAN_STOP } sel_on_nan;
 
 typedef struct sel_config {

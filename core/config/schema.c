@@ -83,8 +83,8 @@ const sel_key sel_keys[] = {
      .help = "AdamW: of the matrices of linear layers"},
     {"train.clip", SEL_KEY_NUMBER, AT(train.clip), .max = 1e30, .preset = "1",
      .help = "largest global norm of the gradient; 0: off"},
-    {"train.precision", SEL_KEY_CHOICE, AT(train.precision), .preset = "float32", .choices = "float32",
-     .later = "bfloat16|auto", .help = "of the operands of matrix products"},
+    {"train.precision", SEL_KEY_CHOICE, AT(train.precision), .preset = "auto",
+     .choices = "float32|bfloat16|auto", .help = "of the operands of matrix products; auto: the faster one, measured"},
     {"train.log_every", SEL_KEY_INT, AT(train.log_every), .min = 1, .max = STEPS_MAX, .preset = "10",
      .help = "steps from one row of metrics to the next"},
     {"train.validate_every", SEL_KEY_INT, AT(train.validate_every), .max = STEPS_MAX, .preset = "1000",
@@ -118,8 +118,8 @@ const sel_key sel_keys[] = {
      .help = "threads a rank; 0: what the binding allows"},
     {"compute.linear_backend", SEL_KEY_CHOICE, AT(compute.linear_backend), .preset = "onednn",
      .choices = "onednn|openblas", .later = "auto", .help = "library of matrix products"},
-    {"compute.cpu", SEL_KEY_WORD, AT(compute.cpu), .preset = "auto", .choices = "auto|c|avx2|avx512",
-     .later = "avx512bf16", .help = "instruction sets that kernels may use"},
+    {"compute.cpu", SEL_KEY_WORD, AT(compute.cpu), .preset = "auto",
+     .choices = "auto|c|avx2|avx512|avx512bf16", .help = "instruction sets that kernels may use"},
 };
 
 const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);

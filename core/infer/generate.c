@@ -66,6 +66,7 @@ sel_status sel_generate(const sel_loaded *l, const int32_t *ids, int64_t n, cons
     const sel_dims *d = &l->layout->dims;
     const int64_t step = o->cache && d->N > PREFILL ? PREFILL : d->N;
     const int32_t eos = sel_tokenizer_eos(l->tokenizer);
+    const int64_t pieces = sel_tokenizer_size(l->tokenizer) < d->V ? sel_tokenizer_size(l->tokenizer) : d->V;
     sel_model *m = NULL;
     int32_t *order = NULL, *all = NULL;
     float *logits = NULL;
@@ -78,9 +79,9 @@ sel_status sel_generate(const sel_loaded *l, const int32_t *ids, int64_t n, cons
                         d->N);
     order = malloc((size_t)d->V * sizeof *order);
     logits = malloc((size_t)d->V * sizeof *logits);
-    all = malloc((size_t)(n + o->most) * sizeof *all);
+    all = malloc((size_t)(d->N + 1) * sizeof *all);
     if (!order || !logits || !all) {
-        rc = sel_fail(SEL_ENOMEM, "no memory for %" PRId64 " tokens", n + o->most);
+        rc = sel_fail(SEL_ENOMEM, "no memory for %" PRId64 " tokens", d->N);
         goto out;
     }
     memcpy(all, ids, (size_t)n * sizeof *all);
@@ -94,7 +95,7 @@ sel_status sel_generate(const sel_loaded *l, const int32_t *ids, int64_t n, cons
         }
         if (!o->cache) sel_model_restart(m);
         if ((rc = extend(m, l->params, all, sel_model_cached(m), n + k, step, logits)) != SEL_OK) goto out;
-        out[k] = all[n + k] = sel_sample(&o->sampling, logits, d->V, k, order);
+        out[k] = all[n + k] = sel_sample(&o->sampling, logits, pieces, k, order);
         logp[k] = log_probability(logits, d->V, out[k]);
         *made = k + 1;
         if (out[k] == eos) {

@@ -22,15 +22,16 @@ static sel_status open_all(sel_loaded *l, const char *path, void (*warn)(void *c
     sel_ops_init(&l->ops, level);
     return sel_linear_open(&l->engine, l->config.compute.linear_backend == SEL_BACKEND_OPENBLAS ? SEL_LINEAR_OPENBLAS
                                                                                                 : SEL_LINEAR_ONEDNN,
-                           l->threads);
+                           SEL_FLOAT32, l->threads);
 }
 
 sel_status sel_loaded_open(sel_loaded *l, const char *path, int64_t threads, void (*warn)(void *ctx, const char *line),
                            void *ctx)
 {
     memset(l, 0, sizeof *l);
-    l->threads = threads > 0 ? (int)threads : sel_cpu_threads();
-    sel_status rc = sel_cpu_check_threads(l->threads);
+    if (threads <= 0) threads = sel_cpu_threads();
+    sel_status rc = sel_cpu_check_threads(threads);
+    l->threads = (int)threads;
     if (rc == SEL_OK) rc = open_all(l, path, warn, ctx);
     if (rc != SEL_OK) sel_loaded_close(l);
     return rc;

@@ -16,18 +16,21 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const int threads = m->opt.threads;
 
     /* feed-forward half: gate, up and the norm's output are rebuilt or kept; silu(gate) * up comes with its gradient */
-    SEL_TRY(sel_linear_backward_input(w->down_proj, T, m->dx, D, m->da, d->F));
-    ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
-    SEL_TRY(sel_linear_backward_weight(w->down_proj, T, m->dx, D, m->act, d->F, grads + o->down_proj));
+    const void *dx = operand(m, m->dx16, m->dx, T * D);
+    SEL_TRY(sel_linear_backward_input(w->down_proj, T, dx, D, m->da, d->F));
+    if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
+    else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
+    SEL_TRY(sel_linear_backward_weight(w->down_proj, T, dx, D, m->act, d->F, grads + o->down_proj));
     SEL_TRY(sel_linear_backward_input(w->gate_up, T, m->dgu, 2 * d->F, m->dh, D));
-    ops->rmsnorm_forward(m->h, NULL, k->x_mid, params + o->ffn_norm, T, D, threads);
-    SEL_TRY(sel_linear_backward_weight(w->gate_up, T, m->dgu, 2 * d->F, m->h, D, grads + o->gate_up));
+    const void *h = normed(m, params, o->ffn_norm, NULL, k->x_mid, T);
+    SEL_TRY(sel_linear_backward_weight(w->gate_up, T, m->dgu, 2 * d->F, h, D, grads + o->gate_up));
     ops->rmsnorm_backward(m->dx, grads + o->ffn_norm, m->dh, k->x_mid, k->rstd2, params + o->ffn_norm, m->partial, T, D,
                           threads);
 
     /* attention half */
-    SEL_TRY(sel_linear_backward_input(w->o_proj, T, m->dx, D, m->datt, q));
-    SEL_TRY(sel_linear_backward_weight(w->o_proj, T, m->dx, D, k->att, q, grads + o->o_proj));
+    dx = operand(m, m->dx16, m->dx, T * D);
+    SEL_TRY(sel_linear_backward_input(w->o_proj, T, dx, D, m->datt, q));
+    SEL_TRY(sel_linear_backward_weight(w->o_proj, T, dx, D, operand(m, m->att16, k->att, T * q), q, grads + o->o_proj));
     sel_model_norm_qk(m, params, l, T, NULL, NULL);
     const sel_attention a = sel_model_attention(m, l, batch, n);
     const sel_attention_grad g = {
@@ -42,9 +45,10 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
                            params + o->q_norm, m->partial, T, d->H, d->dh, threads);
     ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row, k->rstd_k,
                            params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
-    SEL_TRY(sel_linear_backward_input(w->qkv, T, m->dqkv, qkv_row, m->dh, D));
-    ops->rmsnorm_forward(m->h, NULL, k->x_in, params + o->attn_norm, T, D, threads);
-    SEL_TRY(sel_linear_backward_weight(w->qkv, T, m->dqkv, qkv_row, m->h, D, grads + o->qkv));
+    const void *const dqkv = operand(m, m->dqkv16, m->dqkv, T * qkv_row);
+    SEL_TRY(sel_linear_backward_input(w->qkv, T, dqkv, qkv_row, m->dh, D));
+    h = normed(m, params, o->attn_norm, NULL, k->x_in, T);
+    SEL_TRY(sel_linear_backward_weight(w->qkv, T, dqkv, qkv_row, h, D, grads + o->qkv));
     ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T, D,
                           threads);
     return SEL_OK;

@@ -19,6 +19,7 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
         .v = k->qkv + q_row + kv_width(d), .v_seq = n * qkv_row, .v_row = qkv_row,
         .out = k->att, .out_seq = n * q_row, .out_row = q_row,
         .lse = k->lse, .saved = k->saved,
+        .bfloat16 = m->opt.bfloat16,
         .tau = o->epsilon > 0.0 ? o->tau : 0.0, .m_max = m->m_max, .m_row = k->m_row,
         .workspace = m->attention, .threads = m->opt.threads,
     };
@@ -77,8 +78,8 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
     float *const branch = m->h;   /* a norm's output, then the branch's result */
 
     if (k->x_in != m->x) memcpy(k->x_in, m->x, (size_t)(T * D) * sizeof(float));
-    ops->rmsnorm_forward(m->h, k->rstd1, m->x, params + o->attn_norm, T, D, threads);
-    SEL_TRY(sel_linear_forward(w->qkv, T, m->h, D, k->qkv, qkv_width(d)));
+    const void *h = normed(m, params, o->attn_norm, k->rstd1, m->x, T);
+    SEL_TRY(sel_linear_forward(w->qkv, T, h, D, k->qkv, qkv_width(d)));
     sel_model_norm_qk(m, params, l, T, k->rstd_q, k->rstd_k);
     if (m->opt.use == SEL_USE_DECODE) {
         attend_cached(m, l, batch, n);
@@ -87,13 +88,15 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
         ops->attention_forward(&a);
         for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];
     }
-    SEL_TRY(sel_linear_forward(w->o_proj, T, k->att, q_width(d), branch, D));
+    const void *att = operand(m, m->att16, k->att, T * q_width(d));
+    SEL_TRY(sel_linear_forward(w->o_proj, T, att, q_width(d), branch, D));
     ops->add(m->x, branch, T * D, threads);
 
     if (k->x_mid != m->x) memcpy(k->x_mid, m->x, (size_t)(T * D) * sizeof(float));
-    ops->rmsnorm_forward(m->h, k->rstd2, m->x, params + o->ffn_norm, T, D, threads);
-    SEL_TRY(sel_linear_forward(w->gate_up, T, m->h, D, k->gu, 2 * d->F));
-    ops->swiglu_forward(m->act, k->gu, T, d->F, threads);
+    h = normed(m, params, o->ffn_norm, k->rstd2, m->x, T);
+    SEL_TRY(sel_linear_forward(w->gate_up, T, h, D, k->gu, 2 * d->F));
+    if (m->opt.bfloat16) ops->swiglu_forward_bf16(m->act, k->gu, T, d->F, threads);
+    else ops->swiglu_forward(m->act, k->gu, T, d->F, threads);
     SEL_TRY(sel_linear_forward(w->down_proj, T, m->act, d->F, branch, D));
     ops->add(m->x, branch, T * D, threads);
     return SEL_OK;
@@ -143,5 +146,5 @@ sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *to
     for (int64_t b = 0; b < batch; b++)
         m->opt.ops->rmsnorm_forward(m->h + b * d->D, NULL, m->x + (b * n + n - 1) * d->D,
                                     params + m->layout->final_norm, 1, d->D, 1);
-    return sel_linear_forward(m->lm_head, batch, m->h, d->D, logits, d->V);
+    return sel_linear_forward(m->lm_head, batch, operand(m, m->h16, m->h, batch * d->D), d->D, logits, d->V);
 }

@@ -59,7 +59,7 @@ static void plan_kept(sel_model *m, arena *a, sel_kept *k)
     k->rstd_k = floats(a, T * d->Hkv);
     k->att = floats(a, T * q_width(d));
     k->lse = floats(a, T * d->H);
-    k->saved = train && m->opt.attention.selective ? floats(a, b * sel_attention_carries(n) * n) : NULL;
+    k->saved = train && m->opt.attention.selective ? floats(a, b * sel_attention_saved_size(n)) : NULL;
     k->m_row = take(a, b, sizeof *k->m_row);
     k->x_mid = train ? floats(a, T * d->D) : m->x;
     k->rstd2 = floats(a, T);
@@ -100,7 +100,12 @@ static void plan_memory(sel_model *m, arena *a)
     }
     m->h = floats(a, T * d->D);
     m->qk = floats(a, T * (q_width(d) + kv_width(d)));
-    m->act = floats(a, T * d->F);
+    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
+    m->act = take(a, T * d->F, operand_bytes);
+    if (m->opt.bfloat16) {
+        m->h16 = take(a, T * d->D, sizeof *m->h16);
+        m->att16 = take(a, T * q_width(d), sizeof *m->att16);
+    }
     m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
     m->logits = floats(a, m->logit_rows * d->V);
     m->logp = take(a, m->logit_rows, sizeof *m->logp);
@@ -115,7 +120,12 @@ static void plan_memory(sel_model *m, arena *a)
         m->dh = floats(a, T * d->D);
         m->dqkv = floats(a, T * qkv_width(d));
         m->datt = floats(a, T * q_width(d));
-        m->dgu = floats(a, T * 2 * d->F);
+        m->dgu = take(a, T * 2 * d->F, operand_bytes);
+        if (m->opt.bfloat16) {
+            m->dx16 = take(a, T * d->D, sizeof *m->dx16);
+            m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
+            m->logits16 = take(a, m->logit_rows * d->V, sizeof *m->logits16);
+        }
         m->da = floats(a, T * d->F);
         m->partial = floats(a, m->opt.threads * most(d->D, d->dh));
     }
@@ -213,7 +223,8 @@ size_t sel_model_bytes(const sel_model *m)
 {
     const sel_dims *d = &m->layout->dims;
     const int64_t packed = d->L * d->D * (qkv_width(d) + q_width(d) + 3 * d->F) + d->V * d->D;
-    return m->bytes + (size_t)packed * sizeof(float) * (m->opt.use == SEL_USE_TRAIN ? 2 : 1);
+    return m->bytes + (size_t)packed * (m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float)) *
+                          (m->opt.use == SEL_USE_TRAIN ? 2 : 1);
 }
 
 sel_status sel_model_pack(sel_model *m, const float *params)

@@ -34,6 +34,7 @@ typedef struct {
     int64_t batch;                /* sequences at once, at most */
     int64_t tokens;               /* tokens of a sequence at once, at most; <= dims.N */
     sel_attention_options attention;
+    bool bfloat16;                /* operands of matrix products in bfloat16, as the engine's; all else float32 */
     int threads;
     const sel_ops *ops;           /* must outlive the model */
     sel_linear_engine *engine;    /* must outlive the model */

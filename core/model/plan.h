@@ -42,9 +42,13 @@ struct sel_model {
     float *rstd_final;            /* [T] */
 
     /* scratch */
-    float *h;                     /* [T][D]   a norm's output */
+    float *h;                     /* [T][D]   a norm's output where float32 operands are wanted; a branch's result */
     float *qk;                    /* [T][(H + Hkv) dh]   normed q, then k */
-    float *act;                   /* [T][F]   silu(gate) * up */
+    void *act;                    /* [T][F]   silu(gate) * up, an operand */
+    uint16_t *h16;                /* [T][D]   a norm's output as bfloat16; these four only where operands are */
+    uint16_t *att16;              /* [T][H dh] */
+    uint16_t *logits16;           /* [logit_rows][V]   gradient */
+    uint16_t *dx16, *dqkv16;      /* [T][D], [T][(H + 2 Hkv) dh] */
     float *logits;                /* [logit_rows][V] */
     int64_t logit_rows;
     double *logp;                 /* [logit_rows] */
@@ -57,7 +61,7 @@ struct sel_model {
     float *dx, *dh;               /* [T][D] */
     float *dqkv;                  /* [T][(H + 2 Hkv) dh] */
     float *datt;                  /* [T][H dh] */
-    float *dgu;                   /* [T][2 F] */
+    void *dgu;                    /* [T][2 F], an operand */
     float *da;                    /* [T][F] */
     float *partial;               /* [threads][max(D, dh)] */
 
@@ -81,6 +85,28 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
 
 /* Residual stream through all layers: m->inputs [batch][n] to m->x.  (forward.c) */
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory);
+
+/* x [n] as an operand of a product: itself, or rounded into x16. */
+static inline const void *operand(const sel_model *m, uint16_t *x16, const float *x, int64_t n)
+{
+    if (!m->opt.bfloat16) return x;
+    m->opt.ops->to_bfloat16(x16, x, n, pass_threads(m, n / m->layout->dims.D));
+    return x16;
+}
+
+/* RMSNorm of x [rows][D] with the scale at `offset` of params, as an operand; rstd may be NULL. */
+static inline const void *normed(const sel_model *m, const float *params, int64_t offset, float *rstd, const float *x,
+                                 int64_t rows)
+{
+    const int64_t D = m->layout->dims.D;
+    const int threads = pass_threads(m, rows);
+    if (!m->opt.bfloat16) {
+        m->opt.ops->rmsnorm_forward(m->h, rstd, x, params + offset, rows, D, threads);
+        return m->h;
+    }
+    m->opt.ops->rmsnorm_forward_bf16(m->h16, rstd, x, params + offset, rows, D, threads);
+    return m->h16;
+}
 
 /* Normed q and k of a layer's qkv into m->qk; rstd arrays may be NULL. */
 void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k);

@@ -118,7 +118,7 @@ static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, b
     const bool train_row = due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1;
     sel_metrics row = { 0 };
 
-    if (t->validation && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
+    if (t->validation && !s->signal && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
         SEL_TRY(validate(t, p, &row));
     if (is_first(t) && (train_row || row.val_tokens)) {
         const sel_status rc = log_step(t, p, s, &row, train_row);
@@ -155,9 +155,11 @@ static sel_status run_steps(sel_trainer *t, pace *p, sel_train_result *result)
     return SEL_OK;
 }
 
+enum { NAME = 64 };
+
+/* The hosts' names, each once, with commas, into out [ranks * NAME]. */
 static void host_names(sel_trainer *t, char *out, size_t bytes)
 {
-    enum { NAME = 64 };
     const int size = sel_comm_size(t->comm);
     char mine[NAME] = "", *all = calloc((size_t)size, NAME);
 
@@ -203,12 +205,17 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
 sel_status sel_train(const sel_train_job *job, sel_train_result *result)
 {
     sel_trainer t;
-    char hosts[1024] = "";
     int64_t resumed_from;
 
     memset(result, 0, sizeof *result);
     SEL_TRY(sel_trainer_open(&t, job, &resumed_from));
-    host_names(&t, hosts, sizeof hosts);
+    const size_t bytes = (size_t)sel_comm_size(t.comm) * NAME;
+    char *const hosts = calloc(1, bytes);
+    if (!hosts) {
+        sel_fail(SEL_ENOMEM, "no memory for the hosts' names");
+        sel_comm_die(t.comm, "start");
+    }
+    host_names(&t, hosts, bytes);
     sel_status rc = sel_comm_agree(t.comm, is_first(&t) ? announce(&t, resumed_from, hosts) : SEL_OK);
 
     const double now = sel_now();
@@ -220,6 +227,7 @@ sel_status sel_train(const sel_train_job *job, sel_train_result *result)
         p.last_log = sel_now();
         rc = run_steps(&t, &p, result);
     }
+    free(hosts);
     result->step = p.saved_step;
     sel_trainer_close(&t);
     return rc;

@@ -75,6 +75,50 @@ static sel_status open_inputs(sel_trainer *t)
     return SEL_OK;
 }
 
+/* [collective] Every rank must have found the same data under the same names (a host's own disk may differ). */
+static sel_status compare_inputs(sel_trainer *t)
+{
+    const struct { const char *key; uint32_t crc; } inputs[] = {
+        { "data.train", sel_corpus_crc32(t->train) },
+        { "data.validation", t->validation ? sel_corpus_crc32(t->validation) : 0 },
+        { "data.tokenizer", sel_tokenizer_crc32(t->tokenizer) },
+    };
+    for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++)
+        if (!sel_comm_same(t->comm, inputs[i].crc))
+            return sel_fail(SEL_EUSER, "%s: the ranks read different data under this name (rank %d has checksum %08x)",
+                            inputs[i].key, sel_comm_rank(t->comm), inputs[i].crc);
+    return SEL_OK;
+}
+
+static sel_linear_backend backend_of(const sel_config *c)
+{
+    return c->compute.linear_backend == SEL_BACKEND_OPENBLAS ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN;
+}
+
+static sel_dtype dtype_of(const sel_config *c)
+{
+    return c->train.precision == SEL_PRECISION_BFLOAT16 ? SEL_BFLOAT16 : SEL_FLOAT32;
+}
+
+/* train.precision: auto.  bfloat16 where the attention kernel has its instructions and the library's products are
+   faster with it on this rank, now. */
+static sel_status probe_precision(const sel_trainer *t, sel_precision *out)
+{
+    double gflops[2];
+
+    *out = SEL_PRECISION_FLOAT32;
+    if (t->ops.level < SEL_CPU_AVX512BF16 || backend_of(t->config) != SEL_LINEAR_ONEDNN) return SEL_OK;
+    for (int dtype = SEL_FLOAT32; dtype <= SEL_BFLOAT16; dtype++) {
+        sel_linear_engine *e;
+        SEL_TRY(sel_linear_open(&e, SEL_LINEAR_ONEDNN, (sel_dtype)dtype, t->threads));
+        const sel_status rc = sel_linear_measure_peak(e, &gflops[dtype]);
+        sel_linear_close(&e);
+        SEL_TRY(rc);
+    }
+    if (gflops[SEL_BFLOAT16] > 1.2 * gflops[SEL_FLOAT32]) *out = SEL_PRECISION_BFLOAT16;
+    return SEL_OK;
+}
+
 static float *new_array(const sel_trainer *t, const char *what)
 {
     return sel_alloc((size_t)t->layout->total * sizeof(float), what);
@@ -85,6 +129,7 @@ static sel_status make_model(sel_trainer *t)
     const sel_config *c = t->config;
     const sel_dims dims = sel_dims_of(c, sel_corpus_vocab(t->train));
 
+    t->resolved.model.vocab = dims.V;
     SEL_TRY(sel_layout_new(&t->layout, &dims));
     t->params = new_array(t, "parameters");
     t->grads = new_array(t, "gradients");
@@ -93,12 +138,11 @@ static sel_status make_model(sel_trainer *t)
     t->tokens = sel_alloc((size_t)(t->micro * (dims.N + 1)) * sizeof *t->tokens, "tokens of a micro-batch");
     if (!t->params || !t->grads || !t->exp_avg || !t->exp_avg_sq || !t->tokens) return SEL_ENOMEM;
 
-    const sel_linear_backend backend =
-        c->compute.linear_backend == SEL_BACKEND_OPENBLAS ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN;
-    SEL_TRY(sel_linear_open(&t->engine, backend, t->threads));
+    SEL_TRY(sel_linear_open(&t->engine, backend_of(c), dtype_of(c), t->threads));
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
-                                  .attention = sel_attention_options_of(c), .threads = t->threads, .ops = &t->ops,
-                                  .engine = t->engine };
+                                  .attention = sel_attention_options_of(c),
+                                  .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
+                                  .ops = &t->ops, .engine = t->engine };
     SEL_TRY(sel_model_new(&t->model, t->layout, &o));
     return sel_reducer_new(&t->reducer, t->comm, &t->mesh, t->grads, t->layout->total);
 }
@@ -107,6 +151,22 @@ static void warn(void *job, const char *line)
 {
     const sel_train_job *j = job;
     j->watcher->message(j->watcher->ctx, line);
+}
+
+/* What RUN/config.yaml says, where a run is there to go on with. */
+static bool earlier_precision(const sel_trainer *t, sel_precision *out)
+{
+    char path[SEL_PATH_MAX], *text = NULL;
+    size_t bytes;
+    sel_config old;
+    bool known = false;
+
+    if (sel_path_join(path, t->config->run.dir, "config.yaml") != SEL_OK || !sel_path_exists(path)) return false;
+    if (sel_read_file(path, &text, &bytes) == SEL_OK && sel_config_parse(&old, text, bytes, path, NULL, 0) == SEL_OK)
+        known = old.train.precision != SEL_PRECISION_AUTO;
+    if (known) *out = old.train.precision;
+    free(text);
+    return known;
 }
 
 /* What rank 0 found in the run folder, for all. */
@@ -152,6 +212,20 @@ static sel_status find_own(const sel_trainer *t, found *f)
     return rc;
 }
 
+/* [collective] Rank 0's measurement, or what the run's checkpoint was trained with, decides for all. */
+static sel_status resolve_precision(sel_trainer *t)
+{
+    sel_precision chosen = t->resolved.train.precision;
+    sel_status rc = SEL_OK;
+
+    if (chosen != SEL_PRECISION_AUTO) return SEL_OK;
+    if (sel_comm_rank(t->comm) == 0 && !earlier_precision(t, &chosen)) rc = probe_precision(t, &chosen);
+    SEL_TRY(sel_comm_agree(t->comm, rc));
+    sel_comm_bcast(t->comm, &chosen, sizeof chosen, 0);
+    t->resolved.train.precision = chosen;
+    return SEL_OK;
+}
+
 /* On rank 0: the checkpoint that a new run takes its first weights from. */
 static sel_status find_initial(const sel_trainer *t, found *f)
 {
@@ -160,8 +234,12 @@ static sel_status find_initial(const sel_trainer *t, found *f)
     if (!t->config->train.init_from[0]) return SEL_OK;
     SEL_TRY(sel_checkpoint_find(&m, t->config->train.init_from, warn, (void *)(uintptr_t)t->job));
     snprintf(f->path, sizeof f->path, "%s", m.path);
+    sel_status rc = SEL_OK;
+    if (m.tokenizer_crc32 != sel_tokenizer_crc32(t->tokenizer))
+        rc = sel_fail(SEL_EUSER, "train.init_from: %s was trained with another tokenizer (checksum %08x, here %08x)", m.path,
+                      m.tokenizer_crc32, sel_tokenizer_crc32(t->tokenizer));
     sel_manifest_free(&m);
-    return SEL_OK;
+    return rc;
 }
 
 /* [collective] rank 0's finding for everyone. */
@@ -194,18 +272,28 @@ static sel_status load_state(sel_trainer *t, int64_t *resumed_from)
     } else {
         SEL_TRY(share(t, first ? find_initial(t, &initial) : SEL_OK, &initial));
         sel_status rc = SEL_OK;
-        if (initial.path[0]) rc = load_found(t, &initial, false);
-        else sel_layout_init_params(t->layout, (uint64_t)t->config->run.seed, t->params, t->threads);
+        if (initial.path[0] && (rc = load_found(t, &initial, false)) == SEL_EFILE) {
+            char why[512];
+            snprintf(why, sizeof why, "%s", sel_error());
+            rc = sel_fail(SEL_EUSER, "train.init_from: not of this model: %s", why);
+        }
+        if (!initial.path[0]) sel_layout_init_params(t->layout, (uint64_t)t->config->run.seed, t->params, t->threads);
         SEL_TRY(sel_comm_agree(t->comm, rc));
     }
     return sel_comm_agree(t->comm, sel_model_pack(t->model, t->params));
+}
+
+/* On rank 0: a run that is there is locked before its state is read: an earlier job may still be saving. */
+static sel_status lock_run(sel_trainer *t)
+{
+    return sel_path_is_dir(t->checkpoints) ? sel_run_open(&t->run, t->config->run.dir) : SEL_OK;
 }
 
 /* On rank 0: the run folder, from here on. */
 static sel_status open_run(sel_trainer *t)
 {
     char *yaml = NULL;
-    SEL_TRY(sel_run_open(&t->run, t->config->run.dir));
+    if (!t->run) SEL_TRY(sel_run_open(&t->run, t->config->run.dir));
     SEL_TRY(sel_make_dirs(t->checkpoints));
     SEL_TRY(sel_config_emit(t->config, &yaml));
     const sel_status rc = sel_run_write_config(t->run, yaml);
@@ -217,11 +305,14 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
 {
     SEL_TRY(sel_comm_agree(t->comm, sel_fault_init(sel_comm_rank(t->comm))));
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
+    SEL_TRY(compare_inputs(t));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
     SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads));
+    SEL_TRY(resolve_precision(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
+    SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
     SEL_TRY(load_state(t, resumed_from));
     return sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? open_run(t) : SEL_OK);
 }
@@ -230,7 +321,8 @@ sel_status sel_trainer_open(sel_trainer *t, const sel_train_job *job, int64_t *r
 {
     memset(t, 0, sizeof *t);
     t->job = job;
-    t->config = job->config;
+    t->resolved = *job->config;
+    t->config = &t->resolved;
     t->comm = job->comm;
     const sel_status rc = open_all(t, resumed_from);
     if (rc != SEL_OK) sel_trainer_close(t);

@@ -5,6 +5,7 @@
  * Every decision (not finite, signal, time to save) is taken from sums over all ranks, so all ranks take it.
  */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 #include "core/base/fault.h"
 #include "core/train/schedule.h"
@@ -14,6 +15,13 @@
 enum { SUM_LOSS, SUM_MEMORY, SUM_TOKENS, SUM_NOT_FINITE, SUM_SIGNAL, SUM_SAVE, SUMS };
 
 static void gradients_ready(void *reducer, int64_t begin, int64_t end) { sel_reducer_ready(reducer, begin, end); }
+
+static _Noreturn void die(const sel_trainer *t, const char *phase, int64_t step)
+{
+    char where[64];
+    snprintf(where, sizeof where, "%s of step %lld", phase, (long long)step);
+    sel_comm_die(t->comm, where);
+}
 
 /* Gradient of this rank's samples into t->grads, scaled for the global mean; sums into s. */
 static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
@@ -48,7 +56,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     double sums[SUMS] = { 0 };
 
     sel_fault("forward", step, "");
-    if (local_gradient(t, step, sums) != SEL_OK) sel_comm_die(t->comm, "the step's gradient");
+    if (local_gradient(t, step, sums) != SEL_OK) die(t, "the gradient", step);
     if (sel_fault("forward", step, "nan")) sums[SUM_LOSS] = NAN;
     if (sel_fault("backward", step, "nan")) t->grads[0] = NAN;
     sel_fault("reduce", step, "");
@@ -74,7 +82,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     const double clip = c->train.clip;
     sel_fault("optimizer", step, "");
     sel_optimizer_update(t, step, s->lr, clip > 0.0 && norm > clip ? clip / norm : 1.0);
-    if (sel_model_pack(t->model, t->params) != SEL_OK) sel_comm_die(t->comm, "packing the weights");
+    if (sel_model_pack(t->model, t->params) != SEL_OK) die(t, "packing the weights", step);
     t->step = step;
     t->tokens_seen += s->tokens;
     return SEL_OK;

@@ -12,7 +12,8 @@
 
 typedef struct sel_trainer {
     const sel_train_job *job;
-    const sel_config *config;
+    const sel_config *config;        /* the job's, with what had to be measured filled in: `resolved` */
+    sel_config resolved;
     sel_comm *comm;
     sel_mesh mesh;
     sel_run *run;                    /* rank 0 only */
