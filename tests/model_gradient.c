@@ -138,6 +138,7 @@ typedef struct {
     int threads;
     int64_t micro;               /* sequences a call */
     sel_cpu_level level;
+    bool bfloat16;
 } way;
 
 static void way_name(char *text, size_t size, const way *w)
@@ -154,7 +155,7 @@ static sel_model *model_open(const example *e, const way *w, sel_use use, const 
                                   .attention = { .selective = a->selective, .relu = a->relu,
                                                  .protect_bos = a->protect_bos, .protect_self = a->protect_self,
                                                  .shift = a->shift, .epsilon = e->ref.epsilon, .tau = a->tau },
-                                  .threads = w->threads, .ops = ops, .engine = engine };
+                                  .bfloat16 = w->bfloat16, .threads = w->threads, .ops = ops, .engine = engine };
     CHECK_OK(sel_model_new(&m, e->layout, &o));
     if (!m) abort();
     CHECK_OK(sel_model_pack(m, e->params));
@@ -342,6 +343,37 @@ static void check_decode(const example *e, const way *w, int64_t span, const sel
     sel_model_free(&m);
 }
 
+/* bfloat16 operands: the same model within their rounding, 2^-9 an operand; more than float32's rounding, or they were not
+   used.  Where the library cannot multiply them the call says so. */
+static void check_bfloat16(const example *e, int threads, const sel_ops *ops)
+{
+    const way w = { SEL_LINEAR_ONEDNN, threads, e->B, ops->level, true };
+    const int64_t total = e->layout->total;
+    sel_linear_engine *engine = NULL;
+    sel_linear *probe = NULL;
+    sel_batch_stats s = { 0 };
+
+    CHECK_OK(sel_linear_open(&engine, SEL_LINEAR_ONEDNN, SEL_BFLOAT16, threads));
+    if (sel_linear_new(&probe, engine, 8, 8, true) != SEL_OK) {
+        printf("bfloat16 not tested: %s\n", sel_error());
+        sel_linear_close(&engine);
+        return;
+    }
+    sel_linear_free(&probe);
+    sel_model *m = model_open(e, &w, SEL_USE_TRAIN, ops, engine);
+    float *grads = sel_alloc((size_t)total * sizeof *grads, "gradients");
+    if (!grads) abort();
+    CHECK_OK(sel_model_train(m, e->params, grads, e->tokens, e->B, e->n, 1.0 / (double)e->predicted,
+                             e->ref.epsilon / (double)e->B, NULL, NULL, &s));
+    const double off = fabs(s.loss / (double)e->predicted - e->loss) / e->loss;
+    const double error = distance(grads, e->grad, total) / norm(e->grad, total);
+    CHECK(off < 5e-3, "%s: bfloat16: loss off by %.3g", e->name, off);
+    CHECK(error < 3e-2 && error > 1e-4, "%s: bfloat16, level %d: gradient off by %.3g", e->name, (int)ops->level, error);
+    sel_free(grads);
+    sel_model_free(&m);
+    sel_linear_close(&engine);
+}
+
 int main(void)
 {
     static const struct {
@@ -367,13 +399,14 @@ int main(void)
                     if (quick && c % 3) continue;
                     sel_ops ops;
                     const way w = { (sel_linear_backend)backend, threads, c % 4 == 3 ? 2 : c % 2 ? 1 : 3,
-                                    (sel_cpu_level)(c % 5 ? (int)top : c / 5 % ((int)top + 1)) };
+                                    (sel_cpu_level)(c % 5 ? (int)top : c / 5 % ((int)top + 1)), false };
                     sel_ops_init(&ops, w.level);
                     example e = example_new(&shapes[i].dims, shapes[i].B, shapes[i].n, s, c / 2 % 2 ? 0.3 : 0.0,
                                             (uint64_t)c);
                     check_train(&e, &w, &ops, engine);
                     check_score(&e, &w, &ops, engine);
                     check_decode(&e, &w, (int64_t[]){ 1, 7, e.n }[c % 3], &ops, engine);
+                    if (s == 0 && e.n > 1 && backend == SEL_LINEAR_ONEDNN) check_bfloat16(&e, threads, &ops);
                     example_free(&e);
                 }
             sel_linear_close(&engine);
