@@ -57,8 +57,8 @@ static void print_json(const sel_bench_results *r, int threads)
         printf("%s\n {\"name\": \"%s\", ", i ? "," : "", x->name);
         if (x->kind) printf("\"kind\": \"%s\", ", x->kind);
         printf("\"dtype\": \"%s\", \"pass\": \"%s\", \"B\": %" PRId64 ", \"H\": %" PRId64 ", \"N\": %" PRId64
-               ", \"dh\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d", x->dtype, x->pass, x->B,
-               x->H, x->N, x->dh, x->threads, x->seconds_median, x->runs);
+               ", \"dh\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d",
+               x->dtype, x->pass, x->B, x->H, x->N, x->dh, x->threads, x->seconds_median, x->runs);
         if (x->gflops > 0.0) printf(", \"gflops\": %.6g, \"share_of_peak\": %.6g", x->gflops, x->share_of_peak);
         if (x->gbytes_per_second > 0.0)
             printf(", \"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g", x->gbytes_per_second, x->share_of_copy);
@@ -119,8 +119,8 @@ static sel_status run_cases(const char *what, const request *r, const sel_ops *o
     const int from = out->n;
     sel_status rc;
 
-    SEL_TRY(sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN, dtype,
-                            threads));
+    SEL_TRY(sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN,
+                            dtype, threads));
     if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, out);
     else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, out);
     else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, out);
@@ -164,34 +164,36 @@ int sel_cmd_bench(int argc, char **argv)
     request r = { .threads = all, .contexts = NULL, .backend = "onednn", .dtypes = "float32", .heads = 12,
                   .head_width = 64, .runs = 21 };
     const sel_option options[] = {
-        { "threads", SEL_OPT_TEXT, &r.threads, 0, "1,2", "thread counts, one after another (all processors)" },
-        { "context", SEL_OPT_TEXT, &r.contexts, 0, "512,1024", "attention, step: tokens of a sequence (512,1024,2048; 512)" },
-        { "batch", SEL_OPT_INTEGER, &r.batch, 1, "B", "attention: sequences (2,048 tokens a thread, and B = 1)" },
-        { "heads", SEL_OPT_INTEGER, &r.heads, 1, "H", "attention: heads (12)" },
-        { "head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)" },
-        { "runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)" },
-        { "dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)" },
-        { "backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)" },
-        { "json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object" },
+        {"threads", SEL_OPT_TEXT, &r.threads, 0, "1,2", "thread counts, one after another (all processors)"},
+        {"context", SEL_OPT_TEXT, &r.contexts, 0, "512,1024",
+         "attention, step: tokens of a sequence (512,1024,2048; 512)"},
+        {"batch", SEL_OPT_INTEGER, &r.batch, 1, "B", "attention: sequences (2,048 tokens a thread, and B = 1)"},
+        {"heads", SEL_OPT_INTEGER, &r.heads, 1, "H", "attention: heads (12)"},
+        {"head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)"},
+        {"runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)"},
+        {"dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)"},
+        {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)"},
+        {"json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object"},
     };
-    const sel_command command = { "selectra bench", "gemm|attention|ops|step [CONFIG] [OPTIONS]",
-                                  "Each round measures the matrix product that stands for the peak and every case once, so a\n"
-                                  "shared machine's drift touches both.  `step` takes a configuration; default d = 12.",
-                                  options, sizeof options / sizeof options[0] };
+    const sel_command command = {
+        "selectra bench", "gemm|attention|ops|step [CONFIG] [OPTIONS]",
+        "Each round measures the matrix product that stands for the peak and every case once, so a\n"
+        "shared machine's drift touches both.  `step` takes a configuration; default d = 12.",
+        options, sizeof options / sizeof options[0]};
     numbers threads, contexts = { .n = 0 };
     int n;
 
-    switch (sel_options_parse(&command, argc, argv, &n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
+    const int status = sel_options_begin(&command, argc, argv, 1, 2, &n);
+    if (status >= 0) return status;
     static const char *const names[] = { "gemm", "attention", "ops", "step" };
     const char *what = NULL;
     for (size_t i = 0; n > 0 && i < sizeof names / sizeof names[0]; i++)
         if (strcmp(argv[1], names[i]) == 0) what = names[i];
-    if (!what) return sel_options_mistake(&command, "expected gemm, attention, ops or step%s%s", n ? ", got " : "", n ? argv[1] : "");
-    if (n > (strcmp(what, "step") == 0 ? 2 : 1)) return sel_options_mistake(&command, "%s: one argument too many", argv[n]);
+    if (!what)
+        return sel_options_mistake(&command, "expected gemm, attention, ops or step%s%s", n ? ", got " : "",
+                                   n ? argv[1] : "");
+    if (n > (strcmp(what, "step") == 0 ? 2 : 1))
+        return sel_options_mistake(&command, "%s: one argument too many", argv[n]);
     if (n == 2) r.config = argv[2];
     if (!read_numbers(r.threads, &threads))
         return sel_options_mistake(&command, "--threads: expected numbers such as 1,2, got \"%s\"", r.threads);

@@ -15,25 +15,6 @@
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
-/* -1 to go on, else the exit status of an option's mistake or of --help. */
-static int parse(const sel_command *c, int argc, char **argv, int least, int most, int *n)
-{
-    switch (sel_options_parse(c, argc, argv, n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
-    if (*n < least) return sel_options_mistake(c, "too few arguments; usage: %s %s", c->command, c->arguments);
-    if (most >= 0 && *n > most) return sel_options_mistake(c, "unexpected argument \"%s\"", argv[1 + most]);
-    return -1;
-}
-
-static int failed(const sel_command *c, sel_status rc)
-{
-    sel_options_mistake(c, "%s", sel_error());
-    return sel_exit_status(rc);
-}
-
 /* Prints JSON on one line of stdout and frees it; the exit status. */
 static int print_json(const sel_command *c, json_t *root)
 {
@@ -117,7 +98,7 @@ static int pack(int argc, char **argv)
     int n;
     cpu_set_t set;
 
-    const int status = parse(&command, argc, argv, 1, -1, &n);
+    const int status = sel_options_begin(&command, argc, argv, 1, -1, &n);
     if (status >= 0) return status;
     if (!model) return sel_options_mistake(&command, "--tokenizer FILE.model is missing");
     if (!output) return sel_options_mistake(&command, "--output DIR is missing");
@@ -133,7 +114,7 @@ static int pack(int argc, char **argv)
     sel_status rc = pack_inputs(model, output, &p, &o, argv + 1, n);
     if (shown.terminal) fputs("\r\033[K", stderr);
     if (rc == SEL_OK) rc = sel_corpus_open(&c, output);
-    if (rc != SEL_OK) return failed(&command, rc);
+    if (rc != SEL_OK) return sel_options_failed(&command, rc);
 
     char took[32];
     sel_format_duration(took, sel_now() - started);
@@ -158,13 +139,13 @@ static int info(int argc, char **argv)
     int n;
     sel_corpus *c = NULL;
 
-    const int status = parse(&command, argc, argv, 1, 1, &n);
+    const int status = sel_options_begin(&command, argc, argv, 1, 1, &n);
     if (status >= 0) return status;
     sel_status rc = sel_corpus_open(&c, argv[1]);
     if (rc == SEL_OK && verify) rc = sel_corpus_verify(c);
     if (rc != SEL_OK) {
         sel_corpus_close(&c);
-        return failed(&command, rc);
+        return sel_options_failed(&command, rc);
     }
 
     const int64_t tokens = sel_corpus_tokens(c), documents = sel_corpus_documents(c), bytes = sel_corpus_bytes(c);
@@ -247,7 +228,7 @@ static int batch(int argc, char **argv)
     size_t bytes;
     sel_corpus *c = NULL;
 
-    int status = parse(&command, argc, argv, 1, -1, &n);
+    int status = sel_options_begin(&command, argc, argv, 1, -1, &n);
     if (status >= 0) return status;
     if (step == 0) return sel_options_mistake(&command, "--step S is missing");
     sel_config *config = calloc(1, sizeof *config);
@@ -256,7 +237,7 @@ static int batch(int argc, char **argv)
     if (rc == SEL_OK && !config->data.train[0])
         rc = sel_fail(SEL_EUSER, "%s: data.train is not set: no corpus to read from", argv[1]);
     if (rc == SEL_OK) rc = sel_corpus_open(&c, config->data.train);
-    status = rc == SEL_OK ? show_batch(&command, config, c, step, json) : failed(&command, rc);
+    status = rc == SEL_OK ? show_batch(&command, config, c, step, json) : sel_options_failed(&command, rc);
     sel_corpus_close(&c);
     free(text);
     free(config);

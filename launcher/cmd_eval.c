@@ -149,11 +149,13 @@ static void print(const request *r, const outcome *o)
     if (r->json) {
         char text[4][NUMBER];
         printf("{\"loss\": %s, \"perplexity\": %s, \"accuracy\": %s, \"tokens\": %" PRId64 ", \"bytes\": %" PRId64
-               ", \"bits_per_byte\": %s}\n", number(text[0], loss), number(text[1], exp(loss)), number(text[2], accuracy),
-               o->sum.tokens, o->bytes, number(text[3], bits));
+               ", \"bits_per_byte\": %s}\n",
+               number(text[0], loss), number(text[1], exp(loss)), number(text[2], accuracy), o->sum.tokens, o->bytes,
+               number(text[3], bits));
     } else
-        printf("loss %.5f nats a token, perplexity %.3f, accuracy %.2f%%, %.4f bits a byte (%" PRId64 " tokens, %" PRId64
-               " bytes)\n", loss, exp(loss), 100.0 * accuracy, bits, o->sum.tokens, o->bytes);
+        printf("loss %.5f nats a token, perplexity %.3f, accuracy %.2f%%, %.4f bits a byte (%" PRId64
+               " tokens, %" PRId64 " bytes)\n",
+               loss, exp(loss), 100.0 * accuracy, bits, o->sum.tokens, o->bytes);
 }
 
 int sel_cmd_eval(int argc, char **argv)
@@ -166,19 +168,17 @@ int sel_cmd_eval(int argc, char **argv)
         { "threads", SEL_OPT_INTEGER, &r.threads, 0, "T", "threads a rank; 0: all it may use" },
         { "json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object" },
     };
-    const sel_command command = { "selectra eval", "CKPT [--data PACKED | --text FILE] [--logprobs OUT.jsonl] [--json]",
-                                  "CKPT is a run folder (its newest intact checkpoint) or a step folder.  Under mpirun the "
-                                  "ranks share the windows.", options, sizeof options / sizeof options[0] };
+    const sel_command command = {
+        "selectra eval", "CKPT [--data PACKED | --text FILE] [--logprobs OUT.jsonl] [--json]",
+        "CKPT is a run folder (its newest intact checkpoint) or a step folder.  Under mpirun the "
+        "ranks share the windows.",
+        options, sizeof options / sizeof options[0]};
     sel_comm *c = NULL;
     outcome o = { 0 };
     int n;
 
-    switch (sel_options_parse(&command, argc, argv, &n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
-    if (n != 1) return sel_options_mistake(&command, "expected one checkpoint (CKPT), got %d", n);
+    const int status = sel_options_begin(&command, argc, argv, 1, 1, &n);
+    if (status >= 0) return status;
     if (r.data && r.text) return sel_options_mistake(&command, "--data and --text: one of them");
 
     sel_status rc = sel_comm_open(&c, &argc, &argv);

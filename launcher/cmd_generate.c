@@ -82,7 +82,11 @@ static sel_status write_logprobs(const char *path, FILE *f, const outcome *o)
 static size_t character(const char *text)
 {
     const unsigned char c = (unsigned char)text[0];
-    const size_t n = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c >= 0xf0 && c < 0xf5 ? 4 : 0;
+    const size_t n = c < 0x80                ? 1
+                     : c >= 0xc2 && c < 0xe0 ? 2
+                     : c >= 0xe0 && c < 0xf0 ? 3
+                     : c >= 0xf0 && c < 0xf5 ? 4
+                                             : 0;
     for (size_t i = 1; i < n; i++)
         if (((unsigned char)text[i] & 0xc0) != 0x80) return 0;
     const unsigned char second = n > 2 ? (unsigned char)text[1] : 0;
@@ -127,9 +131,9 @@ static sel_status print(const request *r, const outcome *o)
     }
     for (int64_t i = 0; ids && i < o->made; i++) json_array_append_new(ids, json_integer(o->ids[o->n + i]));
     char *const text = whole_characters(o->text);
-    json_t *const all = json_pack("{s:o, s:s, s:o, s:I, s:s, s:f}", "prompt", prompt, "text", text ? text : "", "ids", ids,
-                                  "tokens", (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second",
-                                  (double)o->made / o->seconds);
+    json_t *const all =
+        json_pack("{s:o, s:s, s:o, s:I, s:s, s:f}", "prompt", prompt, "text", text ? text : "", "ids", ids, "tokens",
+                  (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second", (double)o->made / o->seconds);
     free(text);
     if (!all) return sel_fail(SEL_ENOMEM, "no memory for the JSON object");
     json_dumpf(all, stdout, JSON_REAL_PRECISION(6));
@@ -160,12 +164,8 @@ int sel_cmd_generate(int argc, char **argv)
     outcome o = { 0 };
     int n;
 
-    switch (sel_options_parse(&command, argc, argv, &n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
-    if (n != 1) return sel_options_mistake(&command, "expected one checkpoint (CKPT), got %d", n);
+    const int status = sel_options_begin(&command, argc, argv, 1, 1, &n);
+    if (status >= 0) return status;
     if (!r.prompt) return sel_options_mistake(&command, "--prompt is missing");
     if (r.top_p > 1.0) return sel_options_mistake(&command, "--top-p: expected a number from 0 to 1, got %g", r.top_p);
 

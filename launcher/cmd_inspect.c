@@ -90,12 +90,8 @@ int sel_cmd_inspect(int argc, char **argv)
     sel_loaded l;
     int n;
 
-    switch (sel_options_parse(&command, argc, argv, &n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
-    if (n != 1) return sel_options_mistake(&command, "expected one checkpoint (CKPT), got %d", n);
+    const int status = sel_options_begin(&command, argc, argv, 1, 1, &n);
+    if (status >= 0) return status;
     const sel_status rc = sel_loaded_open(&l, argv[1], 1, warn, NULL);
     if (rc != SEL_OK) {
         fprintf(stderr, "selectra inspect: %s\n", sel_error());

@@ -14,25 +14,6 @@
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
-/* -1 to go on, else the exit status of an option's mistake or of --help. */
-static int parse(const sel_command *c, int argc, char **argv, int least, int most, int *n)
-{
-    switch (sel_options_parse(c, argc, argv, n)) {
-    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
-    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
-    case SEL_PARSED: break;
-    }
-    if (*n < least) return sel_options_mistake(c, "too few arguments; usage: %s %s", c->command, c->arguments);
-    if (most >= 0 && *n > most) return sel_options_mistake(c, "unexpected argument \"%s\"", argv[1 + most]);
-    return -1;
-}
-
-static int failed(const sel_command *c, sel_status rc)
-{
-    sel_options_mistake(c, "%s", sel_error());
-    return sel_exit_status(rc);
-}
-
 /* --- train ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -75,7 +56,7 @@ static int train(int argc, char **argv)
     cpu_set_t set;
     source s = {0};
 
-    const int status = parse(&command, argc, argv, 1, -1, &n);
+    const int status = sel_options_begin(&command, argc, argv, 1, -1, &n);
     if (status >= 0) return status;
     if (!output) return sel_options_mistake(&command, "--output FILE.model is missing");
     if (threads == 0) threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -83,14 +64,14 @@ static int train(int argc, char **argv)
 
     const sel_documents_options o = {.lines = lines, .field = field};
     sel_status rc = sel_documents_open(&s.documents, (const char *const *)argv + 1, n, &o);
-    if (rc != SEL_OK) return failed(&command, rc);
+    if (rc != SEL_OK) return sel_options_failed(&command, rc);
 
     const double started = sel_now();
     const sel_tokenizer_options t = {
         .vocab = vocab, .kind = kind, .sample_bytes = sample_bytes, .seed = (uint64_t)seed, .threads = (int)threads};
     rc = sel_tokenizer_train(&t, next_text, &s, output);
     sel_documents_close(&s.documents);
-    if (rc != SEL_OK) return failed(&command, rc);
+    if (rc != SEL_OK) return sel_options_failed(&command, rc);
 
     char count[32], took[32];
     sel_format_count(count, (double)s.bytes);
@@ -187,11 +168,11 @@ static int convert(const char *name, const char *about, line_fn *f, int argc, ch
     int n;
     sel_tokenizer *t = NULL;
 
-    const int status = parse(&command, argc, argv, 0, 1, &n);
+    const int status = sel_options_begin(&command, argc, argv, 0, 1, &n);
     if (status >= 0) return status;
     if (!model) return sel_options_mistake(&command, "--model FILE.model is missing");
     sel_status rc = sel_tokenizer_open(&t, model);
-    if (rc != SEL_OK) return failed(&command, rc);
+    if (rc != SEL_OK) return sel_options_failed(&command, rc);
 
     const bool file = n == 1 && strcmp(argv[1], "-") != 0;
     FILE *in = file ? fopen(argv[1], "r") : stdin;
@@ -199,7 +180,7 @@ static int convert(const char *name, const char *about, line_fn *f, int argc, ch
             : sel_fail(SEL_EUSER, "%s: %s", argv[1], strerror(errno));
     if (file && in) fclose(in);
     sel_tokenizer_close(&t);
-    return rc == SEL_OK ? 0 : failed(&command, rc);
+    return rc == SEL_OK ? 0 : sel_options_failed(&command, rc);
 }
 
 static int encode(int argc, char **argv)

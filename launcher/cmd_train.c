@@ -95,10 +95,11 @@ static void show_message(void *ctx, const char *line)
 static void usage(void)
 {
     char *keys = NULL;
-    printf("usage: selectra train CONFIG [key=value ...]\n\n"
-           "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
-           "newest intact one.  TERM, INT, USR1 or USR2 to any rank: the step is finished and saved, exit status 85.\n\n"
-           "Keys of CONFIG (YAML), each also as key=value:\n\n");
+    printf(
+        "usage: selectra train CONFIG [key=value ...]\n\n"
+        "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
+        "newest intact one.  TERM, INT, USR1 or USR2 to any rank: the step is finished and saved, exit status 85.\n\n"
+        "Keys of CONFIG (YAML), each also as key=value:\n\n");
     if (sel_config_help(&keys) == SEL_OK) fputs(keys, stdout);
     free(keys);
 }
@@ -174,7 +175,8 @@ int sel_cmd_train(int argc, char **argv)
         if (rc != SEL_OK) {
             fprintf(stderr, "selectra train: %s\n", sel_error());
         } else if (result.signal) {
-            printf("saved at step %" PRId64 " of %" PRId64 " on request (signal); the same command goes on from there\n",
+            printf("saved at step %" PRId64 " of %" PRId64
+                   " on request (signal); the same command goes on from there\n",
                    result.step, config.train.steps);
         } else {
             printf("done: step %" PRId64 " of %" PRId64 ", all saved in %s\n", result.step, config.train.steps,

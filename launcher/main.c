@@ -26,8 +26,9 @@ static void usage(FILE *to)
     if (!sel_options_speaks()) return;
     fprintf(to, "usage: selectra COMMAND [ARGUMENTS]\n\n");
     for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].help);
-    fprintf(to, "\n`selectra COMMAND --help` tells the rest.\n"
-                "exit status: 0 done; 1 failure; 2 a mistake in what was asked; 85 saved on request, to be continued\n");
+    fprintf(to,
+            "\n`selectra COMMAND --help` tells the rest.\n"
+            "exit status: 0 done; 1 failure; 2 a mistake in what was asked; 85 saved on request, to be continued\n");
 }
 
 /* What was printed must have arrived: a full disk behind a redirection is a failure. */
@@ -58,7 +59,7 @@ int main(int argc, char **argv)
     }
     const char *near = sel_options_nearest(argv[1], names, COMMANDS);
     if (sel_options_speaks())
-        fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "", near ? near : "",
-                near ? "?" : " (selectra --help lists them)");
+        fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "",
+                near ? near : "", near ? "?" : " (selectra --help lists them)");
     return SEL_EXIT_USER;
 }

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "launcher/launcher.h"
 
 enum { WORD = 64 };
 
@@ -173,4 +174,23 @@ sel_parsed sel_options_parse(const sel_command *c, int argc, char **argv, int *n
         if (!store(c, o, text)) return SEL_PARSED_WRONG;
     }
     return SEL_PARSED;
+}
+
+int sel_options_begin(const sel_command *c, int argc, char **argv, int least, int most, int *n_positional)
+{
+    switch (sel_options_parse(c, argc, argv, n_positional)) {
+    case SEL_PARSED_HELP: return SEL_EXIT_DONE;
+    case SEL_PARSED_WRONG: return SEL_EXIT_USER;
+    case SEL_PARSED: break;
+    }
+    if (*n_positional < least)
+        return sel_options_mistake(c, "too few arguments; usage: %s %s", c->command, c->arguments);
+    if (most >= 0 && *n_positional > most) return sel_options_mistake(c, "unexpected argument \"%s\"", argv[1 + most]);
+    return -1;
+}
+
+int sel_options_failed(const sel_command *c, sel_status rc)
+{
+    sel_options_mistake(c, "%s", sel_error());
+    return sel_exit_status(rc);
 }

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include "core/base/error.h"
 
 typedef enum {
     SEL_OPT_FLAG,       /* --name            bool */
@@ -36,13 +37,20 @@ typedef enum { SEL_PARSED, SEL_PARSED_HELP, SEL_PARSED_WRONG } sel_parsed;
    with 0); a mistake is said in one line on stderr (WRONG: exit with 2). */
 sel_parsed sel_options_parse(const sel_command *c, int argc, char **argv, int *n_positional);
 
-/* Whether this process speaks for its job: before MPI starts the launcher's environment tells the rank, and a mistake that
-   all ranks see is said by the first. */
+/* Whether this process speaks for its job: before MPI starts the launcher's environment tells the rank, and a mistake
+   that all ranks see is said by the first. */
 bool sel_options_speaks(void);
 
 /* One line on stderr, "COMMAND: ..." (of the first rank); returns exit status 2. */
 __attribute__((format(printf, 2, 3)))
 int sel_options_mistake(const sel_command *c, const char *fmt, ...);
+
+/* Parses, and counts the other arguments: at least `least`, at most `most` (-1: any number).  -1 to go on, else the exit
+   status of a mistake, which has been said, or of --help. */
+int sel_options_begin(const sel_command *c, int argc, char **argv, int least, int most, int *n_positional);
+
+/* Says the line of a failure, as sel_options_mistake does; returns the exit status for it. */
+int sel_options_failed(const sel_command *c, sel_status rc);
 
 /* The name most like `word`, or NULL when none is near. */
 const char *sel_options_nearest(const char *word, const char *const *names, int n);

@@ -19,7 +19,8 @@ int64_t sel_attention_carries(int64_t rows)
     return tiles ? ceil_div(tiles, tiles_a_group(tiles)) : 0;
 }
 
-/* The most carries that a call of up to `rows` rows saves: not those of `rows` itself, which may be in larger groups. */
+/* The most carries that a call of up to `rows` rows saves: not those of `rows` itself, which may be in larger groups.
+ */
 static int64_t most_carries(int64_t rows)
 {
     const int64_t tiles = ceil_div(rows, TILE);

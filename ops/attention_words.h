@@ -13,8 +13,8 @@
  * of log2.  What crosses the interface is natural.
  *
  * The row maximum is lazy: m is the largest of a row's first 8 logits (column 0, whose F is 0, among them) and stays
- * until a tile's sum passes 2^30 or is not finite; then the tile is done again with its true maximum.  Any m gives the exact
- * softmax.
+ * until a tile's sum passes 2^30 or is not finite; then the tile is done again with its true maximum.  Any m gives the
+ * exact softmax.
  */
 #ifndef SEL_OPS_ATTENTION_WORDS_H
 #define SEL_OPS_ATTENTION_WORDS_H
@@ -83,7 +83,8 @@ INLINE void product_32(int64_t M, int64_t K, const word *A, int64_t am, int64_t 
     for (; m < M; m++) product_block(1, 2, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, fresh);
 }
 
-/* 2^x: float32 operands deserve 1e-7, bfloat16 ones 8e-5 (minimax polynomials on [-1/2, 1/2]); -1e30 gives exactly 0. */
+/* 2^x: float32 operands deserve 1e-7, bfloat16 ones 8e-5 (minimax polynomials on [-1/2, 1/2]); -1e30 gives exactly 0.
+ */
 INLINE __m512 exp2_ps(__m512 x)
 {
     const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
@@ -179,8 +180,9 @@ INLINE void pair_rows(word *w, const float *a, const float *b, int64_t n)
 }
 #endif
 
-/* Two rows j, j + 1 of 32 queries each become the words of a k-major operand at W and W + 16: one row a call for float32
-   (even rows at W, odd at W + TILE), a row of pairs for bfloat16, whose lanes come out in the order of `unweave`. */
+/* Two rows j, j + 1 of 32 queries each become the words of a k-major operand at W and W + 16: one row a call for
+   float32 (even rows at W, odd at W + TILE), a row of pairs for bfloat16, whose lanes come out in the order of
+   `unweave`. */
 INLINE void store_pair(word *W, const __m512 x[2], const __m512 y[2])
 {
 #if WORD_BF16
@@ -199,7 +201,8 @@ INLINE void store_pair(word *W, const __m512 x[2], const __m512 y[2])
 INLINE void unweave(__m512 x[2])
 {
 #if WORD_BF16
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     const __m512d a = _mm512_castps_pd(x[0]), b = _mm512_castps_pd(x[1]);
     x[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
     x[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
@@ -212,7 +215,8 @@ INLINE void unweave(__m512 x[2])
 INLINE void weave(__m512 x[2])
 {
 #if WORD_BF16
-    const __m512i low = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), high = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+    const __m512i low = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13),
+                  high = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
     const __m512d a = _mm512_castps_pd(x[0]), b = _mm512_castps_pd(x[1]);
     x[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
     x[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
@@ -284,9 +288,11 @@ static void select_words(const sel_attention *a, const float *raw, float *NF, fl
         float base = carry[j];
         for (int v = 0; v < lanes; v += V16) {
             const __m512 L = _mm512_loadu_ps(raw + j * TILE + v);
-            const __m512 s = _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), a->relu ? _mm512_max_ps(L, zero) : L);
+            const __m512 s =
+                _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), a->relu ? _mm512_max_ps(L, zero) : L);
             const __m512 sum = scan_up(s);
-            const __m512 before = _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(sum), _mm512_setzero_si512(), 15));
+            const __m512 before =
+                _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(sum), _mm512_setzero_si512(), 15));
             const __m512 f = _mm512_add_ps(a->shift ? before : sum, _mm512_set1_ps(base));
             _mm512_storeu_ps(NF + j * TILE + v, _mm512_sub_ps(zero, f));
             base += last_lane(sum);

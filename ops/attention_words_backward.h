@@ -112,8 +112,8 @@ static void pack_rows(const backward_job *w, int64_t I)
         for (int i = 0; i < TILE; i++) {
             __m512 sum = _mm512_setzero_ps();
             for (int64_t d = 0; i < rows && d < dh; d += V16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d), _mm512_loadu_ps(out + i * a->out_row + d),
-                                      sum);
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d),
+                                      _mm512_loadu_ps(out + i * a->out_row + d), sum);
             delta[i] = _mm512_reduce_add_ps(sum);
             lse[i] = i < rows ? (float)(LOG2E * (double)a->lse[(w->b * H + h) * p->rows + row + i]) : NO_ROW;
         }
@@ -152,8 +152,8 @@ static bool make_tile(const backward_job *w, int64_t I, int64_t J, tile *t)
     return J < w->p->columns && t->off + t->rows > 0;
 }
 
-/* Words of two rows of 32 queries in both forms: `by_query` (pairs along the queries, row after row TILE_WORDS apart) and
-   by_key (store_pair).  float32 has one form. */
+/* Words of two rows of 32 queries in both forms: `by_query` (pairs along the queries, row after row TILE_WORDS apart)
+   and by_key (store_pair).  float32 has one form. */
 INLINE void store_both(word *by_query, word *by_key, const __m512 x[2], const __m512 y[2])
 {
 #if WORD_BF16
@@ -172,8 +172,8 @@ INLINE void store_both(word *by_query, word *by_key, const __m512 x[2], const __
 #endif
 }
 
-/* P and dZ of one tile of one head.  L0: head 0's logits where they are known; Z0: where head 0's dZ goes, as floats, to be
-   changed before it becomes words (both NULL for the other heads).  G += dZ where not NULL. */
+/* P and dZ of one tile of one head.  L0: head 0's logits where they are known; Z0: where head 0's dZ goes, as floats,
+   to be changed before it becomes words (both NULL for the other heads).  G += dZ where not NULL. */
 static void tile_gradients(const backward_job *w, const tile *t, int64_t h, const key_operands *o, const float *L0,
                            const float *NF, float *G, float *Z0)
 {
@@ -216,7 +216,8 @@ static void tile_gradients(const backward_job *w, const tile *t, int64_t h, cons
 
             #pragma GCC unroll 8
             for (int r = 0; r < 8; r++)
-                for (int v = 0; v < 2; v++) y[r][v] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(delta + v0 + v * V16));
+                for (int v = 0; v < 2; v++)
+                    y[r][v] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(delta + v0 + v * V16));
             block_sum(8, 2, kw, o->v + j0 * o->v_row, o->v_row, 1, dOt + v0, TILE, y);
             #pragma GCC unroll 8
             for (int r = 0; r < 8; r++)
@@ -247,7 +248,8 @@ static void selection_words(const backward_job *w, const tile *t, const float *L
         for (int v = t->lanes - V16; v >= 0; v -= V16) {
             const int at = j * TILE + v;
             const __m512 sum = scan_down(_mm512_sub_ps(zero, _mm512_loadu_ps(G + at)));
-            const __m512 after = _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
+            const __m512 after =
+                _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
             const __m512 ds = _mm512_add_ps(a->shift ? after : sum, _mm512_set1_ps(base));
             __mmask16 passes = selects(a, v, j, t->col0, t->off, t->rows);
             if (a->relu) passes &= _mm512_cmp_ps_mask(_mm512_loadu_ps(L0 + at), zero, _CMP_GT_OQ);
@@ -260,7 +262,8 @@ static void selection_words(const backward_job *w, const tile *t, const float *L
     for (int v0 = 0; v0 < t->lanes; v0 += 32)
         for (int j = 0; j < seen_blocks(v0, t->off) * 8; j += 2) {
             const __m512 x[2] = { _mm512_loadu_ps(Z0 + j * TILE + v0), _mm512_loadu_ps(Z0 + j * TILE + v0 + V16) };
-            const __m512 y[2] = { _mm512_loadu_ps(Z0 + (j + 1) * TILE + v0), _mm512_loadu_ps(Z0 + (j + 1) * TILE + v0 + V16) };
+            const __m512 y[2] = {_mm512_loadu_ps(Z0 + (j + 1) * TILE + v0),
+                                 _mm512_loadu_ps(Z0 + (j + 1) * TILE + v0 + V16)};
             store_both(Zi + j * TILE_WORDS + v0 / PAIR, Zk + j / PAIR * TILE + v0, x, y);
         }
 }
@@ -275,9 +278,11 @@ static void sum_over_queries(const tile *t, int64_t dh, const word *A, const wor
             if (first >= most) break;
             const word *const from = A + j0 * TILE_WORDS + first;
             if (d + 32 <= dh)
-                product_block(8, 2, most - first, from, TILE_WORDS, 1, rows + first * stride + d, stride, C + j0 * dh + d, dh, false);
+                product_block(8, 2, most - first, from, TILE_WORDS, 1, rows + first * stride + d, stride,
+                              C + j0 * dh + d, dh, false);
             else
-                product_block(8, 1, most - first, from, TILE_WORDS, 1, rows + first * stride + d, stride, C + j0 * dh + d, dh, false);
+                product_block(8, 1, most - first, from, TILE_WORDS, 1, rows + first * stride + d, stride,
+                              C + j0 * dh + d, dh, false);
         }
 }
 
@@ -297,7 +302,8 @@ static void tile_products(const backward_job *w, const tile *t, int64_t h, const
     sum_over_queries(t, dh, Z, rows, stride, dK);
     const word *const Zk = WORD_BF16 ? (const word *)(w->scratch + p->zk) : Z;
     for (int v0 = 0; v0 < t->lanes; v0 += 32)
-        product_32(dh, seen_blocks(v0, t->off) * 8 / PAIR, o->k_pairs, 1, o->pair_row, Zk + v0, TILE, dQ + v0, TILE, false);
+        product_32(dh, seen_blocks(v0, t->off) * 8 / PAIR, o->k_pairs, 1, o->pair_row, Zk + v0, TILE, dQ + v0, TILE,
+                   false);
 }
 
 /* The memory loss's own part of dF in the arg-max row (G = -dF; NF = -F, raw). */
@@ -344,14 +350,16 @@ static void backward_head(const backward_job *w, int64_t h, int64_t I0, int64_t 
 
     for (int c = 0; c < SIDE && J0 + c < p->columns; c++) {
         const key_operands o = backward_keys(w, kh, (J0 + c) * TILE);
-        float *const dK = w->scratch + p->dk + (c * kv + kh) * TILE * dh, *const dV = w->scratch + p->dv + (c * kv + kh) * TILE * dh;
+        float *const dK = w->scratch + p->dk + (c * kv + kh) * TILE * dh, *const dV = w->scratch + p->dv +
+                                                                                      (c * kv + kh) * TILE * dh;
         for (int64_t I = I1 - 1; I >= I0; I--) {
             if (!make_tile(w, I, J0 + c, &t)) continue;
             const float *const L0 = w->scratch + p->l0 + ((I - group0) * SIDE + c) * square;
             const float *const NF = w->scratch + p->f + ((I - group0) * SIDE + c) * square;
             float *const G = w->scratch + p->g + ((I - I0) * SIDE + c) * square, *const Z0 = w->scratch + p->raw;
 
-            tile_gradients(w, &t, h, &o, first ? L0 : NULL, a->selective ? NF : NULL, a->selective ? G : NULL, first ? Z0 : NULL);
+            tile_gradients(w, &t, h, &o, first ? L0 : NULL, a->selective ? NF : NULL, a->selective ? G : NULL,
+                           first ? Z0 : NULL);
             if (first) {
                 if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, &t, NF, G);
                 selection_words(w, &t, L0, G, Z0, dcarry[c]);
@@ -394,7 +402,8 @@ static void backward_columns(const backward_job *w, int64_t J0)
             float *const dk = w->g->dk + w->b * w->g->dk_seq + j * w->g->dk_row + kh * dh;
             float *const dv = w->g->dv + w->b * w->g->dv_seq + j * w->g->dv_row + kh * dh;
             for (int64_t d = 0; d < dh; d += V16) {
-                _mm512_storeu_ps(dk + d, _mm512_mul_ps(_mm512_loadu_ps(w->scratch + p->dk + at + d), _mm512_set1_ps(scale)));
+                _mm512_storeu_ps(dk + d,
+                                 _mm512_mul_ps(_mm512_loadu_ps(w->scratch + p->dk + at + d), _mm512_set1_ps(scale)));
                 _mm512_storeu_ps(dv + d, _mm512_loadu_ps(w->scratch + p->dv + at + d));
             }
         }
@@ -422,7 +431,8 @@ static void store_dq(const backward_job *w, int64_t I, int threads)
                     for (int v = 0; v < 2; v++) {
                         const float *at = sum + (d0 + d) * TILE + v0 + v * V16;
                         x[v] = _mm512_loadu_ps(at);
-                        for (int n = 1; n < threads; n++) x[v] = _mm512_add_ps(x[v], _mm512_loadu_ps(at += p->thread_size));
+                        for (int n = 1; n < threads; n++)
+                            x[v] = _mm512_add_ps(x[v], _mm512_loadu_ps(at += p->thread_size));
                         x[v] = _mm512_mul_ps(x[v], scale);
                     }
                     unweave(x);
@@ -437,8 +447,8 @@ static void store_dq(const backward_job *w, int64_t I, int threads)
     }
 }
 
-static backward_job new_backward_job(const sel_attention *a, const sel_attention_grad *g, const words_plan *p, int64_t b,
-                                     int thread, int set)
+static backward_job new_backward_job(const sel_attention *a, const sel_attention_grad *g, const words_plan *p,
+                                     int64_t b, int thread, int set)
 {
     float *const base = a->workspace;
     return (backward_job){ .a = a, .g = g, .p = p, .b = b, .scratch = base + p->thread0 + thread * p->thread_size,

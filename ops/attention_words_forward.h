@@ -66,7 +66,7 @@ static void pack_keys(const forward_job *w, int64_t J)
     }
 }
 
-/* Eight columns of a block: x comes in as logits - F (- m), leaves as words in P; sums [2] grow by the columns' sums. */
+/* Eight columns of a block: x comes in as logits - F (- m), leaves as words in P; sums [2] grow by their sums. */
 INLINE void exponentiate(__m512 x[8][2], word *P, __m512 sums[2])
 {
     #pragma GCC unroll 4
@@ -91,8 +91,8 @@ INLINE void first_maximum(__m512 x[8][2], __m512 c, float *m)
     }
 }
 
-/* Half a tile (32 queries from lane v0) of one head: words of P, its row sums into sums.  raw: head 0's logits [j][TILE], else
-   NULL; NF: -F, or NULL where F = 0; start: m is not known yet. */
+/* Half a tile (32 queries from lane v0) of one head: words of P, its row sums into sums.  raw: head 0's logits
+   [j][TILE], else NULL; NF: -F, or NULL where F = 0; start: m is not known yet. */
 static void logits_half(const word *K, int64_t stride, int64_t kw, const word *Qt, const float *raw, const float *NF,
                         float scale, float *m, word *P, int v0, int blocks, int64_t off, bool start, __m512 sums[2])
 {
@@ -118,8 +118,8 @@ static void logits_half(const word *K, int64_t stride, int64_t kw, const word *Q
     }
 }
 
-/* The same half again with its true maximum, when the lazy one let the sums grow too large: m rises, l and O of the head
-   shrink by the same factor. */
+/* The same half again with its true maximum, when the lazy one let the sums grow too large: m rises, l and O of the
+   head shrink by the same factor. */
 static void redo_half(const word *K, int64_t stride, int64_t kw, const word *Qt, const float *NF, float scale, float *m,
                       float *l, float *Ot, int64_t dh, bool fresh, word *P, float *raw, int v0, int blocks, int64_t off,
                       __m512 sums[2])
@@ -167,7 +167,8 @@ static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t o
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t dh = a->dh, H = a->heads;
-    float *const m = w->scratch + p->ml + h * TILE, *const l = m + H * TILE, *const Ot = w->scratch + p->ot + h * dh * TILE;
+    float *const m = w->scratch + p->ml + h * TILE, *const l = m + H * TILE,
+                 *const Ot = w->scratch + p->ot + h * dh * TILE;
     const word *const Qt = (const word *)(w->scratch + p->qt) + h * dh / PAIR * TILE;
     word *const P = (word *)(w->scratch + p->p);
     const __m512 bound = _mm512_set1_ps(0x1p30f);
@@ -182,7 +183,8 @@ static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t o
         if (!blocks) continue;
         logits_half(K, k_stride, dh / PAIR, Qt, raw, NF, scale, m, P, v0, blocks, off, start, sums);
         if ((_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0)
-            redo_half(K, k_stride, dh / PAIR, Qt, NF, scale, m, l, Ot, dh, start, P, w->scratch + p->redo, v0, blocks, off, sums);
+            redo_half(K, k_stride, dh / PAIR, Qt, NF, scale, m, l, Ot, dh, start, P, w->scratch + p->redo, v0, blocks,
+                      off, sums);
         for (int v = 0; v < 2; v++) {
             float *const at = l + v0 + v * V16;
             _mm512_storeu_ps(at, start ? sums[v] : _mm512_add_ps(_mm512_loadu_ps(at), sums[v]));
@@ -228,10 +230,12 @@ static void finish_rows(const forward_job *w, int64_t I, int rows)
         for (int64_t d0 = 0; d0 < dh; d0 += 16) {
             for (int d = 0; d < 16; d++)
                 for (int v0 = 0; v0 < TILE; v0 += 32) {
-                    __m512 o[2] = { _mm512_loadu_ps(Ot + (d0 + d) * TILE + v0), _mm512_loadu_ps(Ot + (d0 + d) * TILE + v0 + V16) };
+                    __m512 o[2] = {_mm512_loadu_ps(Ot + (d0 + d) * TILE + v0),
+                                   _mm512_loadu_ps(Ot + (d0 + d) * TILE + v0 + V16)};
                     unweave(o);
                     for (int v = 0; v < 2; v++)
-                        _mm512_storeu_ps(line[d] + v0 + v * V16, _mm512_div_ps(o[v], _mm512_loadu_ps(l + v0 + v * V16)));
+                        _mm512_storeu_ps(line[d] + v0 + v * V16,
+                                         _mm512_div_ps(o[v], _mm512_loadu_ps(l + v0 + v * V16)));
                 }
             for (int i0 = 0; i0 < rows; i0 += 16) {
                 transpose_16((word *)&turned[0][0], 16, (const word *)&line[0][i0], TILE, 16);
@@ -257,7 +261,8 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     const bool memory = a->selective && a->tau > 0.0;
 
     for (int64_t h = 0; h < H; h++)
-        transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row, rows, dh);
+        transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row,
+                        rows, dh);
     for (int64_t block = 0; block < last; block += SUPER)
         for (int64_t h = 0; h < H; h++)
             for (int64_t J = block; J < last && J < block + SUPER; J++) {

@@ -10,7 +10,8 @@
 static sel_status blas_open(sel_linear_engine *e)
 {
     if (e->dtype != SEL_FLOAT32)
-        return sel_fail(SEL_EUSER, "OpenBLAS multiplies float32 only: compute.linear_backend: onednn, or train.precision: "
+        return sel_fail(SEL_EUSER,
+                        "OpenBLAS multiplies float32 only: compute.linear_backend: onednn, or train.precision: "
                         "float32");
     const char *config = openblas_get_config();   /* "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH ..." */
     const char *second = strchr(config, ' ');

@@ -13,9 +13,10 @@ static sel_dims paper(int64_t d)
 /* params = D (L (4D + 3F + 6) + 16440): the matrices of the layers are pinned by it for every d. */
 static void table_8(void)
 {
-    static const struct { int64_t d, params; } rows[] = {
-        { 8, 33603584 },   { 10, 59699200 },  { 12, 97615872 },  { 14, 149666048 }, { 16, 218226688 }, { 18, 305717760 },
-        { 20, 414387200 }, { 22, 546641920 }, { 24, 704950272 }, { 26, 891468032 }, { 28, 1108645888 },
+    static const struct { int64_t d, params;
+    } rows[] = {
+        {8, 33603584},   {10, 59699200},  {12, 97615872},  {14, 149666048}, {16, 218226688},  {18, 305717760},
+        {20, 414387200}, {22, 546641920}, {24, 704950272}, {26, 891468032}, {28, 1108645888},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         const sel_dims d = paper(rows[i].d);
@@ -23,7 +24,8 @@ static void table_8(void)
         CHECK_OK(sel_layout_new(&l, &d));
         int64_t matrices = 0;
         for (int t = 0; t < l->n_tensors; t++)
-            if (strncmp(l->tensors[t].name, "layers.", 7) == 0 && l->tensors[t].rank == 2) matrices += l->tensors[t].count;
+            if (strncmp(l->tensors[t].name, "layers.", 7) == 0 && l->tensors[t].rank == 2)
+                matrices += l->tensors[t].count;
         CHECK(matrices == rows[i].params - d.D * (6 * d.L + 16440), "d = %lld: %lld", (long long)rows[i].d,
               (long long)matrices);
         CHECK(sel_layout_find(l, "lm_head.weight")->shape[0] == 8192, "untied output matrix");

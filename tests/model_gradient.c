@@ -343,8 +343,8 @@ static void check_decode(const example *e, const way *w, int64_t span, const sel
     sel_model_free(&m);
 }
 
-/* bfloat16 operands: the same model within their rounding, 2^-9 an operand; more than float32's rounding, or they were not
-   used.  Where the library cannot multiply them the call says so. */
+/* bfloat16 operands: the same model within their rounding, 2^-9 an operand; more than float32's rounding, or they were
+   not used.  Where the library cannot multiply them the call says so. */
 static void check_bfloat16(const example *e, int threads, const sel_ops *ops)
 {
     const way w = { SEL_LINEAR_ONEDNN, threads, e->B, ops->level, true };
@@ -368,7 +368,8 @@ static void check_bfloat16(const example *e, int threads, const sel_ops *ops)
     const double off = fabs(s.loss / (double)e->predicted - e->loss) / e->loss;
     const double error = distance(grads, e->grad, total) / norm(e->grad, total);
     CHECK(off < 5e-3, "%s: bfloat16: loss off by %.3g", e->name, off);
-    CHECK(error < 3e-2 && error > 1e-4, "%s: bfloat16, level %d: gradient off by %.3g", e->name, (int)ops->level, error);
+    CHECK(error < 3e-2 && error > 1e-4, "%s: bfloat16, level %d: gradient off by %.3g", e->name, (int)ops->level,
+          error);
     sel_free(grads);
     sel_model_free(&m);
     sel_linear_close(&engine);

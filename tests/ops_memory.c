@@ -40,10 +40,30 @@ static double extra_memory(int64_t N)
     float *const q = array(n), *const k = array(n), *const v = array(n), *const dout = array(n), *const out = array(n);
     float *const dq = array(n), *const dk = array(n), *const dv = array(n), *const lse = array(HEADS * N);
     const double before = peak_mib();
-    sel_attention a = { .B = 1, .heads = HEADS, .kv_heads = HEADS, .dh = WIDTH, .i1 = N, .selective = true, .relu = true,
-                        .protect_bos = true, .protect_self = true, .shift = true, .q = q, .k = k, .v = v, .out = out,
-                        .q_seq = n, .q_row = row, .k_seq = n, .k_row = row, .v_seq = n, .v_row = row, .out_seq = n,
-                        .out_row = row, .lse = lse, .threads = 1 };
+    sel_attention a = {.B = 1,
+                       .heads = HEADS,
+                       .kv_heads = HEADS,
+                       .dh = WIDTH,
+                       .i1 = N,
+                       .selective = true,
+                       .relu = true,
+                       .protect_bos = true,
+                       .protect_self = true,
+                       .shift = true,
+                       .q = q,
+                       .k = k,
+                       .v = v,
+                       .out = out,
+                       .q_seq = n,
+                       .q_row = row,
+                       .k_seq = n,
+                       .k_row = row,
+                       .v_seq = n,
+                       .v_row = row,
+                       .out_seq = n,
+                       .out_row = row,
+                       .lse = lse,
+                       .threads = 1};
     a.saved = array(sel_attention_carries(N) * N);
     const size_t forward = sel_attention_workspace(&a, false), backward = sel_attention_workspace(&a, true);
     a.workspace = sel_alloc(forward > backward ? forward : backward, "workspace");

@@ -64,16 +64,16 @@ build "gcc, Release" build-test "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DS
     run_tests "all, Release" build-test --parallel "$(nproc)"
 [ -z "$fast" ] || finish
 
-build "clang, Release" build-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
+build "clang, Release" build-test-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
     -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 
 # MPI's leaks are known by its name in their stacks, for which stacks must be whole: slow, so only where there is MPI.
 export ASAN_OPTIONS=detect_leaks=1:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:exitcode=99
 export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
-if build "gcc, sanitizers" build-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=Asan -DSEL_WERROR=ON; then
-    run_tests "sanitizers, one process" build-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
+if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=Asan -DSEL_WERROR=ON; then
+    run_tests "sanitizers, one process" build-test-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
-    run_tests "sanitizers, ranks" build-asan -L mpi
-    run_tests "sanitizers, the program" build-asan -R '^e2e_(cli|mistakes|damage)$'
+    run_tests "sanitizers, ranks" build-test-asan -L mpi
+    run_tests "sanitizers, the program" build-test-asan -R '^e2e_(cli|mistakes|damage)$'
 fi
 finish

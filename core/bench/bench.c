@@ -275,14 +275,16 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
                                   .saved = saved, .bfloat16 = b->dtype == SEL_BFLOAT16, .threads = b->threads };
         t[i].g = (sel_attention_grad){ .dout = x[DOUT], .dq = x[DQ], .dk = x[DK], .dv = x[DV], .dq_seq = seq,
                                        .dq_row = row, .dk_seq = seq, .dk_row = row, .dv_seq = seq, .dv_row = row };
-        const size_t forward = sel_attention_workspace(&t[i].a, false), backward = sel_attention_workspace(&t[i].a, true);
+        const size_t forward = sel_attention_workspace(&t[i].a, false),
+                     backward = sel_attention_workspace(&t[i].a, true);
         if (!workspace && !(workspace = sel_alloc(forward > backward ? forward : backward, "attention's scratch")))
             rc = SEL_ENOMEM;
         t[i].a.workspace = workspace;
         const sel_bench_result figure = { .name = "attention", .kind = kinds[i], .pass = "forward",
                                           .B = batch, .H = heads, .N = N, .dh = dh };
         cases[2 * i] = (sel_bench_case){ .run = attention_forward, .ctx = &t[i], .flops = flops, .row = figure };
-        cases[2 * i + 1] = (sel_bench_case){ .run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure };
+        cases[2 * i + 1] =
+            (sel_bench_case){.run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure};
         cases[2 * i + 1].row.pass = "backward";
     }
     if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 4, false, out);

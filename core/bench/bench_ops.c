@@ -61,7 +61,8 @@ static sel_status adamw(void *ctx)
 static sel_status sum_squares(void *ctx)
 {
     data *d = ctx;
-    return d->ops->sum_squares(d->x, d->rows * d->D, d->threads) >= 0.0 ? SEL_OK : sel_fail(SEL_ENUM, "a sum of squares");
+    return d->ops->sum_squares(d->x, d->rows * d->D, d->threads) >= 0.0 ? SEL_OK
+                                                                        : sel_fail(SEL_ENUM, "a sum of squares");
 }
 
 sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_results *out)
@@ -83,11 +84,16 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
 
     /* Bytes: every array read or written once. */
     const double row = 4.0 * (double)D * (double)rows;
-    const struct { const char *name, *pass; sel_status (*run)(void *); double bytes; } list[] = {
-        { "rmsnorm", "forward", rmsnorm_forward, 2.0 * row },      { "rmsnorm", "backward", rmsnorm_backward, 4.0 * row },
-        { "headnorm", "forward", headnorm_forward, 2.0 * row },    { "swiglu", "forward", swiglu_forward, 3.0 * row },
-        { "add", "forward", add, 3.0 * row },                      { "sum_squares", "step", sum_squares, row },
-        { "cross_entropy", "step", cross_entropy, 8.0 * SLICE * VOCAB }, { "adamw", "step", adamw, 7.0 * row },
+    const struct { const char *name, *pass; sel_status (*run)(void *); double bytes;
+    } list[] = {
+        {"rmsnorm", "forward", rmsnorm_forward, 2.0 * row},
+        {"rmsnorm", "backward", rmsnorm_backward, 4.0 * row},
+        {"headnorm", "forward", headnorm_forward, 2.0 * row},
+        {"swiglu", "forward", swiglu_forward, 3.0 * row},
+        {"add", "forward", add, 3.0 * row},
+        {"sum_squares", "step", sum_squares, row},
+        {"cross_entropy", "step", cross_entropy, 8.0 * SLICE * VOCAB},
+        {"adamw", "step", adamw, 7.0 * row},
     };
     enum { CASES = sizeof list / sizeof list[0] };
     sel_bench_case cases[CASES];

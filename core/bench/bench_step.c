@@ -25,8 +25,8 @@ static sel_status run_step(void *ctx)
     sel_batch_stats stats;
 
     memset(s->grads, 0, (size_t)total * sizeof *s->grads);
-    SEL_TRY(sel_model_train(s->model, s->params, s->grads, s->tokens, s->batch, N, 1.0 / (double)(s->batch * N), 0.0, NULL,
-                            NULL, &stats));
+    SEL_TRY(sel_model_train(s->model, s->params, s->grads, s->tokens, s->batch, N, 1.0 / (double)(s->batch * N), 0.0,
+                            NULL, NULL, &stats));
     const double norm = sqrt(ops->sum_squares(s->grads, total, s->b->threads));
     if (!isfinite(norm)) return sel_fail(SEL_ENUM, "the benchmark's gradient is not finite");
     ops->adamw(s->params, s->m, s->v, s->grads, total, 1.0, 1e-6, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.001, s->b->threads);
@@ -35,9 +35,14 @@ static sel_status run_step(void *ctx)
 
 static sel_status make(step *s, const sel_bench *b, const sel_config *c, bool selective)
 {
-    sel_model_options o = { .use = SEL_USE_TRAIN, .batch = s->batch, .tokens = s->layout->dims.N,
-                            .attention = sel_attention_options_of(c), .bfloat16 = b->dtype == SEL_BFLOAT16, .threads = b->threads, .ops = b->ops,
-                            .engine = b->engine };
+    sel_model_options o = {.use = SEL_USE_TRAIN,
+                           .batch = s->batch,
+                           .tokens = s->layout->dims.N,
+                           .attention = sel_attention_options_of(c),
+                           .bfloat16 = b->dtype == SEL_BFLOAT16,
+                           .threads = b->threads,
+                           .ops = b->ops,
+                           .engine = b->engine};
     o.attention.selective = selective;
     if (!selective) o.attention.epsilon = 0.0;
     SEL_TRY(sel_model_new(&s->model, s->layout, &o));

@@ -69,7 +69,8 @@ sel_status sel_config_emit(const sel_config *c, char **text);
 sel_status sel_config_help(char **text);
 
 /* The keys that may not change between a checkpoint and the run that resumes it (sizes of model.*,
-   attention.* but for memory_loss; data and tokenizer are compared by hash): SEL_EUSER listing "key: old -> new" for each difference. */
+   attention.* but for memory_loss; data and tokenizer are compared by hash): SEL_EUSER listing "key: old -> new" for
+   each difference. */
 sel_status sel_config_same_model(const sel_config *old, const sel_config *now);
 
 #endif

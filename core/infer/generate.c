@@ -33,7 +33,8 @@ int32_t sel_sample(const sel_sampling *s, const float *logits, int64_t V, int64_
     double total = 0.0, kept = 0.0;
     for (int64_t r = 0; r < k; r++) total += exp(((double)logits[order[r]] - top) / s->temperature);
     int64_t n = 0;
-    while (n < k && (n == 0 || kept < s->top_p * total)) kept += exp(((double)logits[order[n++]] - top) / s->temperature);
+    while (n < k && (n == 0 || kept < s->top_p * total))
+        kept += exp(((double)logits[order[n++]] - top) / s->temperature);
 
     double left = kept * sel_rng_uniform(s->seed, sel_rng_stream("sample"), (uint64_t)index);
     for (int64_t r = 0; r < n; r++) {
@@ -75,8 +76,8 @@ sel_status sel_generate(const sel_loaded *l, const int32_t *ids, int64_t n, cons
     *made = 0;
     *stop = SEL_STOP_LENGTH;
     if (n > d->N)
-        return sel_fail(SEL_EUSER, "the prompt has %" PRId64 " tokens, BOS included; the model's context is %" PRId64, n,
-                        d->N);
+        return sel_fail(SEL_EUSER, "the prompt has %" PRId64 " tokens, BOS included; the model's context is %" PRId64,
+                        n, d->N);
     order = malloc((size_t)d->V * sizeof *order);
     logits = malloc((size_t)d->V * sizeof *logits);
     all = malloc((size_t)(d->N + 1) * sizeof *all);

@@ -12,7 +12,8 @@ typedef struct {
     uint64_t seed;
 } sel_sampling;
 
-/* Draws a token from logits [V] (the tokenizer's ids: V may be smaller than the model's); `index` numbers the draws of a seed.  order [V] is scratch. */
+/* Draws a token from logits [V] (the tokenizer's ids: V may be smaller than the model's); `index` numbers the draws of
+ * a seed.  order [V] is scratch. */
 int32_t sel_sample(const sel_sampling *s, const float *logits, int64_t V, int64_t index, int32_t *order);
 
 typedef enum { SEL_STOP_LENGTH, SEL_STOP_EOS, SEL_STOP_CONTEXT } sel_stop;
@@ -24,7 +25,8 @@ typedef struct {
 } sel_generate_options;
 
 /* Goes on after ids[0 .. n), BOS included.  New tokens into out and their log-probabilities (of the unchanged
-   distribution) into logp, both of min(most, context + 1 - n); how many into *made.  SEL_EUSER when the prompt leaves no room in the context. */
+   distribution) into logp, both of min(most, context + 1 - n); how many into *made.  SEL_EUSER when the prompt leaves
+   no room in the context. */
 sel_status sel_generate(const sel_loaded *l, const int32_t *ids, int64_t n, const sel_generate_options *o, int32_t *out,
                         double *logp, int64_t *made, sel_stop *stop);
 

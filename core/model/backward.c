@@ -43,14 +43,14 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     ops->attention_backward(&a, &g);
     ops->headnorm_backward(m->dqkv, qkv_row, grads + o->q_norm, m->dqkv, qkv_row, k->qkv, qkv_row, k->rstd_q,
                            params + o->q_norm, m->partial, T, d->H, d->dh, threads);
-    ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row, k->rstd_k,
-                           params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
+    ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row,
+                           k->rstd_k, params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
     const void *const dqkv = operand(m, m->dqkv16, m->dqkv, T * qkv_row);
     SEL_TRY(sel_linear_backward_input(w->qkv, T, dqkv, qkv_row, m->dh, D));
     h = normed(m, params, o->attn_norm, NULL, k->x_in, T);
     SEL_TRY(sel_linear_backward_weight(w->qkv, T, dqkv, qkv_row, h, D, grads + o->qkv));
-    ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T, D,
-                          threads);
+    ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T,
+                          D, threads);
     return SEL_OK;
 }
 

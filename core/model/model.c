@@ -247,8 +247,8 @@ sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t ba
         for (int64_t i = 0; i < n; i++) {
             const int32_t in = tokens[b * (n + 1) + i], target = tokens[b * (n + 1) + i + 1];
             if (in < 0 || in >= V || target >= V)
-                return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld", in < 0 || in >= V ? in : target,
-                                (long long)V);
+                return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld",
+                                in < 0 || in >= V ? in : target, (long long)V);
             m->inputs[b * n + i] = in;
             m->targets[b * n + i] = target;
         }

@@ -194,9 +194,10 @@ static sel_status find_own(const sel_trainer *t, found *f)
         rc = sel_fail(SEL_EUSER, "%s: cannot go on with another model: %s", t->config->run.dir, why);
     }
     if (rc == SEL_OK && m.corpus_crc32 != sel_corpus_crc32(t->train))
-        rc = sel_fail(SEL_EUSER, "%s: cannot go on with another corpus: its checkpoint was trained on one with checksum "
-                      "%08x, %s has %08x", t->config->run.dir, m.corpus_crc32, t->config->data.train,
-                      sel_corpus_crc32(t->train));
+        rc = sel_fail(SEL_EUSER,
+                      "%s: cannot go on with another corpus: its checkpoint was trained on one with checksum "
+                      "%08x, %s has %08x",
+                      t->config->run.dir, m.corpus_crc32, t->config->data.train, sel_corpus_crc32(t->train));
     if (rc == SEL_OK && m.tokenizer_crc32 != sel_tokenizer_crc32(t->tokenizer))
         rc = sel_fail(SEL_EUSER, "%s: cannot go on with another tokenizer (checksum %08x -> %08x)", t->config->run.dir,
                       m.tokenizer_crc32, sel_tokenizer_crc32(t->tokenizer));
@@ -236,8 +237,8 @@ static sel_status find_initial(const sel_trainer *t, found *f)
     snprintf(f->path, sizeof f->path, "%s", m.path);
     sel_status rc = SEL_OK;
     if (m.tokenizer_crc32 != sel_tokenizer_crc32(t->tokenizer))
-        rc = sel_fail(SEL_EUSER, "train.init_from: %s was trained with another tokenizer (checksum %08x, here %08x)", m.path,
-                      m.tokenizer_crc32, sel_tokenizer_crc32(t->tokenizer));
+        rc = sel_fail(SEL_EUSER, "train.init_from: %s was trained with another tokenizer (checksum %08x, here %08x)",
+                      m.path, m.tokenizer_crc32, sel_tokenizer_crc32(t->tokenizer));
     sel_manifest_free(&m);
     return rc;
 }

@@ -28,7 +28,8 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
 {
     const sel_config *c = t->config;
     const int64_t N = c->model.context, batch = c->train.batch;
-    const double loss_scale = 1.0 / (double)(batch * N), memory_scale = c->attention.memory_loss.epsilon / (double)batch;
+    const double loss_scale = 1.0 / (double)(batch * N),
+                 memory_scale = c->attention.memory_loss.epsilon / (double)batch;
 
     memset(t->grads, 0, (size_t)t->layout->total * sizeof *t->grads);
     sel_fault("data", step, "");
