@@ -120,6 +120,7 @@ static sel_status open_input(const char *path, int *fd, struct stat *st)
     *fd = open(path, O_RDONLY | O_CLOEXEC);
     if (*fd < 0) {
         if (errno == ENOENT || errno == ENOTDIR) return sel_fail(SEL_EUSER, "%s: no such file", path);
+        if (errno == EACCES || errno == EPERM) return sel_fail(SEL_EUSER, "%s: cannot open: %s", path, strerror(errno));
         return fail_errno(path, "open");
     }
     sel_status rc = SEL_OK;
