@@ -118,8 +118,11 @@ static sel_status print(const request *r, const outcome *o)
 {
     static const char *const stops[] = { [SEL_STOP_LENGTH] = "length", [SEL_STOP_EOS] = "eos",
                                          [SEL_STOP_CONTEXT] = "context" };
+    char *const text = whole_characters(o->text);
+    if (!text) return sel_fail(SEL_ENOMEM, "no memory for the text");
     if (!r->json) {
-        printf("%s%s\n", r->prompt, o->text);
+        printf("%s%s\n", r->prompt, text);
+        free(text);
         if (o->stop == SEL_STOP_CONTEXT)
             fprintf(stderr, "selectra generate: the model's context is full after %" PRId64 " tokens\n", o->made);
         return SEL_OK;
@@ -127,12 +130,12 @@ static sel_status print(const request *r, const outcome *o)
     json_t *const prompt = json_string(r->prompt), *ids = json_array();
     if (!prompt) {
         json_decref(ids);
+        free(text);
         return sel_fail(SEL_EUSER, "--prompt: is not UTF-8 text");
     }
     for (int64_t i = 0; ids && i < o->made; i++) json_array_append_new(ids, json_integer(o->ids[o->n + i]));
-    char *const text = whole_characters(o->text);
     json_t *const all =
-        json_pack("{s:o, s:s, s:o, s:I, s:s, s:f}", "prompt", prompt, "text", text ? text : "", "ids", ids, "tokens",
+        json_pack("{s:o, s:s, s:o, s:I, s:s, s:f}", "prompt", prompt, "text", text, "ids", ids, "tokens",
                   (json_int_t)o->made, "stop", stops[o->stop], "tokens_per_second", (double)o->made / o->seconds);
     free(text);
     if (!all) return sel_fail(SEL_ENOMEM, "no memory for the JSON object");
