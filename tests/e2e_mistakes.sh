@@ -167,11 +167,12 @@ mkdir locked
 chmod 500 locked
 chmod 755 .
 cp "$SELECTRA" program
-cp "$SOURCE/configs/tiny.yaml" .        # the checkout may be out of another user's reach
+cp "$SOURCE/configs/tiny.yaml" "$SOURCE/tests/lsan.supp" .   # the checkout may be out of another user's reach
 train locked/run
 arguments[1]=tiny.yaml
 if [ "$(id -u)" -eq 0 ]; then   # root may write anywhere
-    expect 2 setpriv --reuid 65534 --regid 65534 --clear-groups ./program "${arguments[@]}"
+    expect 2 env LSAN_OPTIONS="suppressions=$TEMP/lsan.supp:print_suppressions=0" \
+        setpriv --reuid 65534 --regid 65534 --clear-groups ./program "${arguments[@]}"
 else
     expect 2 ./program "${arguments[@]}"
 fi
