@@ -3,7 +3,8 @@
  * [collective] after a prototype: every rank of the job must call it, in the
  * same order.  Functions without the mark may be called by one rank alone.
  * The sources in dist/ include mpi.h; nothing else knows that MPI exists.
- * Only the main thread communicates.
+ * Only the main thread communicates.  The ranks of a host are neighbours in it,
+ * whatever order MPI gave them; without mpirun's mapping by node nothing changes.
  */
 #ifndef SEL_DIST_COMM_H
 #define SEL_DIST_COMM_H
@@ -26,6 +27,7 @@ int sel_comm_size(const sel_comm *c);
 int sel_comm_host_rank(const sel_comm *c);   /* among the ranks of this host */
 int sel_comm_host_size(const sel_comm *c);
 int sel_comm_hosts(const sel_comm *c);       /* hosts in the job */
+int sel_comm_host_index(const sel_comm *c);  /* of this rank's host, 0 .. hosts - 1 */
 
 /* Name and version of the MPI library, one line. */
 const char *sel_comm_library(void);
