@@ -6,6 +6,7 @@
 
 #include <mpi.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include <unistd.h>
 
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 
 #define CHUNK_BYTES ((size_t)64 << 20)
@@ -29,12 +31,14 @@ _Noreturn void sel_comm_mpi_die(const sel_comm *c, const char *call, int code)
     sel_comm_die(c, call);
 }
 
-/* Debug builds: ranks that meet in different collectives, or bring different sizes, would hang or mix up their
-   data.  They compare what they are about to do first, and say where they differ. */
+/* A collective begins; sel_pulse_leave() when it has ended.  Debug builds: ranks that meet in different collectives, or
+   bring different sizes, would hang or mix up their data.  They compare what they are about to do first, and say where
+   they differ. */
 static void meet(const sel_comm *c, const char *call, uint64_t detail)
 {
+    sel_pulse_enter(call + sizeof "sel_comm_" - 1);
 #ifdef NDEBUG
-    (void)c, (void)call, (void)detail;
+    (void)c, (void)detail;
 #else
     enum { WIDTH = FOLD_BLOCK * sizeof(double) };
     char mine[WIDTH] = "";
@@ -215,10 +219,12 @@ sel_status sel_comm_agree(sel_comm *c, sel_status mine)
     meet(c, __func__, 0);
     /* MINLOC: the lowest code wins, among equals the lowest rank. */
     CK(c, MPI_Allreduce(&in, &worst, 1, MPI_2INT, MPI_MINLOC, c->world));
+    if (worst.code != SEL_OK) {
+        if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
+        CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
+    }
+    sel_pulse_leave();
     if (worst.code == SEL_OK) return SEL_OK;
-
-    if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
-    CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
     if (c->size == 1 || names_rank(line)) return sel_fail((sel_status)worst.code, "%s", line);
     return sel_fail((sel_status)worst.code, "rank %d: %s", worst.rank, line);
 }
@@ -235,14 +241,37 @@ _Noreturn void sel_comm_die(const sel_comm *c, const char *where)
         MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     fprintf(stderr, "[rank %d] fatal in %s: %s\n", rank, where, sel_error());
     fflush(stderr);
-    if (up && !over) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
-    _exit(EXIT_FAILURE);
+    sel_comm_abort(EXIT_FAILURE);
+}
+
+static int abort_status;
+
+static void abort_alone(int number)
+{
+    (void)number;
+    _exit(abort_status);
+}
+
+_Noreturn void sel_comm_abort(int status)
+{
+    int up, over;
+
+    MPI_Initialized(&up);
+    MPI_Finalized(&over);
+    if (up && !over) {
+        abort_status = status;
+        signal(SIGALRM, abort_alone);
+        alarm(3); /* MPI_Abort asks the launcher to end the others, and may wait for an answer that never comes */
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    _exit(status);
 }
 
 void sel_comm_barrier(sel_comm *c)
 {
     meet(c, __func__, 0);
     CK(c, MPI_Barrier(c->world));
+    sel_pulse_leave();
 }
 
 static size_t smaller(size_t a, size_t b)
@@ -256,6 +285,7 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
     meet(c, __func__, bytes);
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES)
         CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
+    sel_pulse_leave();
 }
 
 static double add(double a, double b)
@@ -288,12 +318,14 @@ void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, add);
+    sel_pulse_leave();
 }
 
 void sel_comm_max_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, larger);
+    sel_pulse_leave();
 }
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
@@ -301,13 +333,14 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
     const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(float));
 
     meet(c, __func__, (uint64_t)n);
-    if (c->size == 1) return;
+    if (c->size == 1) n = 0;
     /* Which algorithm MPI takes, and thus the order of additions, follows from the count and the ranks alone;
        chunks are cut at fixed places.  So the same ranks give the same bits, run after run. */
     for (int64_t at = 0; at < n; at += chunk) {
         const int64_t m = n - at < chunk ? n - at : chunk;
         CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));
     }
+    sel_pulse_leave();
 }
 
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root)
@@ -325,6 +358,7 @@ void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int
         CK(c, MPI_Type_free(&slot));
         CK(c, MPI_Type_free(&piece));
     }
+    sel_pulse_leave();
 }
 
 int sel_comm_same(sel_comm *c, uint64_t value)
@@ -333,5 +367,6 @@ int sel_comm_same(sel_comm *c, uint64_t value)
 
     meet(c, __func__, 0);
     CK(c, MPI_Allreduce(MPI_IN_PLACE, low, 2, MPI_UINT64_T, MPI_MIN, c->world));
+    sel_pulse_leave();
     return low[0] == ~low[1];
 }

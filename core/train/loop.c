@@ -11,6 +11,7 @@
 #include "core/base/pulse.h"
 #include "core/infer/score.h"
 #include "core/train/trainer.h"
+#include "dist/watchdog.h"
 
 /* Replicas that drift apart are found within this many steps, and before every save. */
 enum { COMPARE_EVERY = 100 };
@@ -240,12 +241,11 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     return SEL_OK;
 }
 
-sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+static sel_status train(const sel_train_job *job, sel_train_result *result)
 {
     sel_trainer t;
     int64_t resumed_from;
 
-    memset(result, 0, sizeof *result);
     SEL_TRY(sel_trainer_open(&t, job, &resumed_from));
     const size_t bytes = (size_t)sel_comm_size(t.comm) * NAME;
     char *const hosts = calloc(1, bytes);
@@ -268,5 +268,18 @@ sel_status sel_train(const sel_train_job *job, sel_train_result *result)
     free(hosts);
     result->step = p.saved_step;
     sel_trainer_close(&t);
+    return rc;
+}
+
+sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+{
+    sel_watchdog *watchdog;
+
+    memset(result, 0, sizeof *result);
+    sel_pulse_phase("start", 0);
+    SEL_TRY(sel_watchdog_open(&watchdog, job->comm, (double)job->config->dist.watchdog_seconds));
+    const sel_status rc = train(job, result);
+    sel_pulse_phase("end", -1);
+    sel_watchdog_close(&watchdog);
     return rc;
 }
