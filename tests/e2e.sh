@@ -155,6 +155,9 @@ ended() {
     return 1
 }
 
+# seconds_since T: T as bash's EPOCHREALTIME has it.
+seconds_since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
+
 # ---- comparing runs
 
 # state RUN STEP: the folder of a checkpoint.
