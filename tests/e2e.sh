@@ -148,7 +148,7 @@ ended() {
         return 1
     fi
     wait "$job" 2>/dev/null || status=$?
-    job=
+    job= ended_with=$status
     if [ "$1" = fail ] && [ $status -ne 0 ] || [ "$1" = "$status" ]; then pass; return 0; fi
     fail "the job ended with status $status, expected $1"
     tail -n 5 out err

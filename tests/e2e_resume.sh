@@ -29,7 +29,7 @@ done
 
 # A signal to either rank: the step is finished and saved, status 85.
 rank=0
-for signal in TERM INT USR1 USR2; do
+for signal in TERM INT HUP USR1 USR2 XCPU; do
     train asked$signal "${size[@]}"
     start 2 "${arguments[@]}"
     if wait_step asked$signal 5; then pass; else fail "the run for $signal did not reach step 5"; fi
