@@ -10,6 +10,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -193,33 +194,34 @@ static _Noreturn void follow(sel_watchdog *w)
     _exit(SEL_WATCHDOG_STATUS);
 }
 
-static bool is_open_mpi(pid_t pid)
+/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 4 s from now: in a process and session of its
+   own, since the daemon may end this one first.  Other launchers (slurmstepd) are left alone. */
+static void doom_launcher(const sel_watchdog *w)
 {
-    static const char *const names[] = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted"};
-    char path[64], name[32] = "";
+    char pid[24], script[] = "sleep 4; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
+    char *const words[] = {(char[]){"sh"}, (char[]){"-c"}, script, pid, NULL};
+    posix_spawnattr_t attributes;
+    sigset_t none;
+    pid_t child;
 
-    snprintf(path, sizeof path, "/proc/%ld/comm", (long)pid);
-    FILE *f = fopen(path, "r");
-    if (!f) return false;
-    if (!fgets(name, sizeof name, f)) name[0] = '\0';
-    fclose(f);
-    name[strcspn(name, "\n")] = '\0';
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) return true;
-    return false;
+    snprintf(pid, sizeof pid, "%ld", (long)w->launcher);
+    sigemptyset(&none);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    if (posix_spawn(&child, "/bin/sh", NULL, &attributes, words, environ) != 0) kill(w->launcher, SIGKILL);
+    posix_spawnattr_destroy(&attributes);
 }
 
-/* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not: an abort would make
-   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more; so this host's is
-   killed, and whatever hangs on it ends. */
+/* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not, an abort may make
+   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more: then they are killed. */
 static _Noreturn void end_alone(sel_watchdog *w)
 {
     say(w, "the job ends; its last checkpoint remains");
     nap(LAUNCHER_SECONDS);
-    if (!is_open_mpi(w->launcher)) sel_comm_abort(SEL_WATCHDOG_STATUS);
-    say(w, "the launcher has not ended the job: ending it here");
-    kill(w->launcher, SIGKILL);
-    _exit(SEL_WATCHDOG_STATUS);
+    say(w, "the launcher has not ended the job: ending it here, with status %d", SEL_WATCHDOG_STATUS);
+    doom_launcher(w);
+    sel_comm_abort(SEL_WATCHDOG_STATUS);
 }
 
 /* ---- watching */
@@ -366,7 +368,7 @@ static void check_hosts(sel_watchdog *w)
         remote *o = &w->remotes[h];
         if (o->silent < w->silence) continue;
         if (o->heard && o->news.rank >= 0 && claim(w)) {
-            say(w, "host %s (%s) has not been heard for %.0f s: it is down, or %s is cut off from it",
+            say(w, "host %s (%s) has not been heard for %.0f s: it is down or stopped, or %s is cut off from it",
                 w->hosts[h].name, host_ranks(ranks, &w->hosts[h]), o->silent, w->hosts[w->c->host_index].name);
             end_alone(w);
         }
