@@ -194,7 +194,13 @@ static int show_batch(const sel_command *command, const sel_config *config, cons
 
     for (int64_t b = 0; b < batch; b++) {
         const int64_t w = sel_sample_window((uint64_t)config->run.seed, step, b, batch, windows);
-        sel_corpus_window(c, N, w, ids);
+        const sel_status rc = sel_corpus_window(c, N, w, ids, NULL);
+        if (rc != SEL_OK) {
+            free(ids);
+            json_decref(list);
+            json_decref(samples);
+            return sel_options_failed(command, rc);
+        }
         if (json) {
             json_t *row = json_array();
             for (int64_t i = 0; i <= N; i++) json_array_append_new(row, json_integer(ids[i]));
