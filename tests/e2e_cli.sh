@@ -164,8 +164,8 @@ expect 0 selectra data pack --tokenizer tokenizer.model --output bytes bytes.jso
 expect 0 selectra "${say[@]}" --temperature 1000 --top-p 1 --seed 5
 check "so is the text for people" iconv -f UTF-8 -t UTF-8 out
 
-train wild train.lr=1000 train.warmup=0 train.steps=1 train.batch=4
-expect 0 selectra "${arguments[@]}"
+train wild train.lr=1000 train.warmup=0 train.batch=4
+SELECTRA_FAULT=0:forward:1:term expect 85 selectra "${arguments[@]}"
 expect 0 selectra eval wild --data valid --json
 check "the loss is a number, its exponential is null" grep -qE '"loss": ?[0-9]+(\.[0-9]+)?,.*"perplexity": ?null' out
 check "nothing is infinite or no number" awk '/inf|nan/ { exit 1 }' out
@@ -178,7 +178,7 @@ full() {
     local got=0
     selectra "$@" >/dev/full 2>err || got=$?
     if [ $got -eq 1 ]; then pass; else fail "status $got with a full disk: $*"; fi
-    said 'standard output cannot be written: No space left'
+    said 'standard output.*No space left'
 }
 for form in --help --version version 'train --help' 'eval --help' 'tokenizer --help' \
             'tokenizer encode --model tokenizer.model text' 'tokenizer decode --model tokenizer.model ids' \
