@@ -6,7 +6,7 @@
  */
 #include "tests/check.h"
 #include "tests/random.h"
-#include "tests/reference.h"
+#include "tests/switches.h"
 
 #include "core/base/mem.h"
 #include "core/model/model.h"
@@ -17,20 +17,6 @@
 #define GRADIENT_BOUND 1e-5
 #define TENSOR_BOUND 1e-4
 #define LOGP_BOUND 1e-5      /* absolute: float logits of a few units */
-
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
 
 /* A model, its data, and what the reference makes of them. */
 typedef struct {
@@ -72,10 +58,8 @@ static example example_new(const sel_dims *d, int64_t B, int64_t n, int s, doubl
     example e = { .B = B, .n = n };
     e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F };
     e.ref.epsilon = switches[s].selective ? epsilon : 0.0;
-    e.ref.attention = (sel_ref_attention){ .selective = switches[s].selective, .relu = switches[s].relu,
-                                           .protect_bos = switches[s].protect_bos,
-                                           .protect_self = switches[s].protect_self, .shift = switches[s].shift,
-                                           .tau = 0.8 };
+    e.ref.attention.tau = 0.8;
+    switches_set(&e.ref.attention, s);
     e.slack = switches[s].selective && !switches[s].relu ? 3.0 : 1.0;
     snprintf(e.name, sizeof e.name, "%s, V %d D %d L %d H %d/%d dh %d F %d, B %d n %d, epsilon %g", switches[s].name,
              (int)d->V, (int)d->D, (int)d->L, (int)d->H, (int)d->Hkv, (int)d->dh, (int)d->F, (int)B, (int)n,
