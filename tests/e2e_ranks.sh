@@ -5,7 +5,9 @@
 # Ranks sum gradients in another order, so weights differ in their last bits.  Selection has a kink: a logit of head 0
 # that lies so near to 0 that those bits change its sign brings a term into the gradient or takes it out.  How far that
 # moves the weights grows with the learning rate and falls with the tokens of a step: hence this learning rate and batch.
-# MEASURED
+# Measured with them, loss falling by 1.7 to 2.0 nats: run.seed 1 to 10 with 1 to 4 ranks, largest difference 1.3e-6,
+# mostly 4e-8; run.seed 1 to 20 with micro-batches in place of ranks, largest 2.0e-5.  With the ten times higher learning
+# rate and half the batch of configs/tiny.yaml 3 of 30 seeds exceed 1e-4 (the largest 7e-4), while the others stay at 1e-7.
 . "$(dirname "$0")/e2e.sh"
 prepare
 
@@ -16,9 +18,9 @@ difference() {
          END { printf "%.3g\n", n == 60 ? most : 9e9 }' "$1" "$2"
 }
 
-for kind in standard selective; do
+for kind in $(all_or_some 1 selective standard); do
     settings=(attention.kind=$kind run.seed=1 train.lr=0.0002 train.batch=24)
-    for np in 1 2 3 4; do
+    for np in 1 $(all_or_some 1 3 2 4); do
         train $kind/$np "${settings[@]}"
         expect 0 ranks $np "${arguments[@]}"
         losses $kind/$np >losses.$np
@@ -37,7 +39,7 @@ for kind in standard selective; do
     fall=$(awk 'NR == 1 { first = $2 } { last = $2 } END { print first - last }' losses.1)
     check "$kind: the loss falls by 1 nat or more, not by $fall" awk -v x="$fall" 'BEGIN { exit !(x >= 1) }'
     echo "$kind: the loss falls by $fall; largest differences from 1 rank:"
-    for way in 2 3 4 micro mixed; do
+    for way in $(all_or_some 1 3 2 4) micro mixed; do
         far=$(difference losses.1 losses.$way)
         echo "    $way: $far"
         check "$kind: losses of 1 rank and $way differ by $far" awk -v d="$far" 'BEGIN { exit !(d <= 1e-4) }'
