@@ -4,10 +4,10 @@
 #
 # Ranks sum gradients in another order, so weights differ in their last bits.  Selection has a kink: a logit of head 0
 # that lies so near to 0 that those bits change its sign brings a term into the gradient or takes it out.  How far that
-# moves the weights grows with the learning rate and falls with the tokens of a step: hence this learning rate and batch.
-# Measured with them, loss falling by 1.7 to 2.0 nats: run.seed 1 to 10 with 1 to 4 ranks, largest difference 1.3e-6,
-# mostly 4e-8; run.seed 1 to 20 with micro-batches in place of ranks, largest 2.0e-5.  With the ten times higher learning
-# rate and half the batch of configs/tiny.yaml 3 of 30 seeds exceed 1e-4 (the largest 7e-4), while the others stay at 1e-7.
+# moves the weights grows with the learning rate and falls with the tokens of a step: hence this learning rate and
+# batch.  Measured with them, loss falling by 1.7 to 2.0 nats: run.seed 1 to 10 with 1 to 4 ranks, largest difference
+# 1.3e-6, mostly 4e-8; run.seed 1 to 20 with micro-batches in place of ranks, largest 2.0e-5.  With the ten times higher
+# learning rate and half the batch of configs/tiny.yaml 3 of 30 seeds exceed 1e-4 (7e-4), most others stay at 1e-7.
 . "$(dirname "$0")/e2e.sh"
 prepare
 

@@ -1,6 +1,7 @@
 /* The number of threads: what OpenMP would not give is refused, and no setting of its environment changes a sum.
  *
- * OpenMP reads its environment when a program starts: each case is this program again, with the case's name as argument.
+ * OpenMP reads its environment when a program starts: each case is this program again, with the case's name as its
+ * argument.
  */
 #include "tests/check.h"
 #include "tests/random.h"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests, on a bare Debian 12 as well: installs what they need, builds with gcc and with clang (warnings are errors),
 # runs everything, then everything that makes sense there under the address and undefined-behaviour sanitizers, the
-# end-to-end tests with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0 means that all passed.
+# end-to-end tests with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0 means that all
+# passed.
 #
 #   ./tests/run.sh [--fast]      --fast: one build, no sanitizers
 set -u -o pipefail
