@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # kill -9 at a random moment, 30 times (8 with SEL_TEST_QUICK), in a run that saves after every step: every restart
-# works, and in the end the weights are those of a run that was never killed.  KILL_SEED=N repeats a sequence of moments.
+# works, and in the end the weights are those of a run that was never killed.  KILL_SEED=N repeats a sequence of
+# moments.
 . "$(dirname "$0")/e2e.sh"
 export OMPI_MCA_odls_base_sigkill_timeout=0   # the other ranks die at once too, not after a second
 prepare
