@@ -189,7 +189,36 @@ static _Noreturn void end(sel_watchdog *w)
 static _Noreturn void follow(sel_watchdog *w)
 {
     write_stack(w);
+    nap(2 * LAUNCHER_SECONDS);
+    _exit(SEL_WATCHDOG_STATUS);
+}
+
+static bool is_open_mpi(pid_t pid)
+{
+    static const char *const names[] = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted"};
+    char path[64], name[32] = "";
+
+    snprintf(path, sizeof path, "/proc/%ld/comm", (long)pid);
+    FILE *f = fopen(path, "r");
+    if (!f) return false;
+    if (!fgets(name, sizeof name, f)) name[0] = '\0';
+    fclose(f);
+    name[strcspn(name, "\n")] = '\0';
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) return true;
+    return false;
+}
+
+/* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not: an abort would make
+   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more; so this host's is
+   killed, and whatever hangs on it ends. */
+static _Noreturn void end_alone(sel_watchdog *w)
+{
+    say(w, "the job ends; its last checkpoint remains");
     nap(LAUNCHER_SECONDS);
+    if (!is_open_mpi(w->launcher)) sel_comm_abort(SEL_WATCHDOG_STATUS);
+    say(w, "the launcher has not ended the job: ending it here");
+    kill(w->launcher, SIGKILL);
     _exit(SEL_WATCHDOG_STATUS);
 }
 
@@ -339,7 +368,7 @@ static void check_hosts(sel_watchdog *w)
         if (o->heard && o->news.rank >= 0 && claim(w)) {
             say(w, "host %s (%s) has not been heard for %.0f s: it is down, or %s is cut off from it",
                 w->hosts[h].name, host_ranks(ranks, &w->hosts[h]), o->silent, w->hosts[w->c->host_index].name);
-            end(w);
+            end_alone(w);
         }
         if (!o->heard && center && !o->complained) {
             say(w, "host %s (%s) has not been heard by UDP: that it is lost would be noticed by the launcher alone",

@@ -153,12 +153,15 @@ ended() {
         return 1
     fi
     wait "$job" 2>/dev/null || status=$?
-    job=
+    job= ended_with=$status
     if [ "$1" = fail ] && [ $status -ne 0 ] || [ "$1" = "$status" ]; then pass; return 0; fi
     fail "the job ended with status $status, expected $1"
     tail -n 5 out err
     return 1
 }
+
+# seconds_since T: T as bash's EPOCHREALTIME has it.
+seconds_since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
 
 # ---- comparing runs
 
