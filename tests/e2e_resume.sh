@@ -29,11 +29,7 @@ done
 
 # A signal to either rank: the step is finished and saved, status 85.
 rank=0
-<<<<<<< HEAD
-for signal in $(all_or_some 2 TERM USR1 INT USR2); do
-=======
-for signal in TERM INT HUP USR1 USR2 XCPU; do
->>>>>>> w-fail
+for signal in $(all_or_some 2 TERM USR1 INT HUP USR2 XCPU); do
     train asked$signal "${size[@]}"
     start 2 "${arguments[@]}"
     if wait_step asked$signal 5; then pass; else fail "the run for $signal did not reach step 5"; fi
