@@ -52,9 +52,9 @@ int main(int argc, char **argv)
     }
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
         usage(stdout);
-        return SEL_EXIT_DONE;
+        return finish(argv[1], SEL_EXIT_DONE);
     }
-    if (strcmp(argv[1], "--version") == 0) return sel_cmd_version(argc - 1, argv + 1);
+    if (strcmp(argv[1], "--version") == 0) return finish(argv[1], sel_cmd_version(argc - 1, argv + 1));
     for (int i = 0; i < COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name) == 0) return finish(argv[1], commands[i].run(argc - 1, argv + 1));
         names[i] = commands[i].name;
