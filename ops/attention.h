@@ -69,8 +69,8 @@ typedef struct {
     double *m_max;
     int64_t *m_row;
 
-    /* Operands of the matrix products (q, k, v, sel_q, sel_k, dout, P, dZ, dS) are rounded to bfloat16; all else, sums included, stays
-       float32 (spec, section 3).  Arrays are float32 either way. */
+    /* Operands of the matrix products (q, k, v, sel_q, sel_k, dout, P, dZ, dS) are rounded to bfloat16; all else, sums
+       included, stays float32 (spec, section 3).  Arrays are float32 either way. */
     bool bfloat16;
 
     /* Scratch of sel_attention_workspace bytes, 64-byte aligned. */

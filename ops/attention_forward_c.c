@@ -73,7 +73,8 @@ static void selection_logits(const job *w, const tile_place *t, const float *Qt,
         return;
     }
     const float *const rows = a->sel_k + w->b * a->sel_k_seq + t->col0 * a->sel_k_row;
-    logits_tile(a, t, operand_rows(w, t, rows, w->scratch + w->p->krows, &stride), stride, Qt, X);
+    const float *const K = operand_rows(w, t, rows, w->scratch + w->p->krows, &stride);
+    logits_tile(a, t, K, stride, Qt, X);
 }
 
 /* Subtracts F (NULL: nothing) and masks; X in place.  Returns each lane's largest in `top`. */

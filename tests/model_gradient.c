@@ -20,15 +20,17 @@
 
 static const struct {
     const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
+    bool selective, relu, protect_bos, protect_self, shift, bilinear;
 } switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "none", true, false, false, false, false },
+    { "standard", false, true, true, true, true, false },
+    { "selective", true, true, true, true, true, false },
+    { "no relu", true, false, true, true, true, false },
+    { "no bos", true, true, false, true, true, false },
+    { "no self", true, true, true, false, true, false },
+    { "no shift", true, true, true, true, false, false },
+    { "none", true, false, false, false, false, false },
+    { "bilinear", true, true, true, true, true, true },
+    { "bilinear, no bos, no self, no shift", true, true, false, false, false, true },
 };
 #define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
 
@@ -67,10 +69,13 @@ static void to_layout(const example *e, const double *from, float *to)
     }
 }
 
-static example example_new(const sel_dims *d, int64_t B, int64_t n, int s, double epsilon, uint64_t seed)
+static example example_new(const sel_dims *sizes, int64_t B, int64_t n, int s, double epsilon, uint64_t seed)
 {
     example e = { .B = B, .n = n };
-    e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F };
+    sel_dims dims = *sizes;
+    const sel_dims *const d = &dims;
+    dims.bilinear = switches[s].bilinear;
+    e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F, d->bilinear };
     e.ref.epsilon = switches[s].selective ? epsilon : 0.0;
     e.ref.attention = (sel_ref_attention){ .selective = switches[s].selective, .relu = switches[s].relu,
                                            .protect_bos = switches[s].protect_bos,
@@ -381,11 +386,11 @@ int main(void)
         sel_dims dims;           /* V, N, D, L, H, Hkv, dh, F */
         int64_t B, n;
     } shapes[] = {
-        { { 67, 40, 24, 2, 3, 1, 8, 17 }, 3, 33 },
-        { { 13, 9, 15, 3, 3, 3, 5, 11 }, 3, 9 },
-        { { 300, 130, 48, 2, 6, 2, 16, 101 }, 3, 130 },
-        { { 259, 70, 128, 1, 2, 2, 64, 341 }, 3, 70 },
-        { { 31, 8, 10, 2, 2, 1, 6, 7 }, 3, 1 },
+        { { 67, 40, 24, 2, 3, 1, 8, 17, false }, 3, 33 },
+        { { 13, 9, 15, 3, 3, 3, 5, 11, false }, 3, 9 },
+        { { 300, 130, 48, 2, 6, 2, 16, 101, false }, 3, 130 },
+        { { 259, 70, 128, 1, 2, 2, 64, 341, false }, 3, 70 },
+        { { 31, 8, 10, 2, 2, 1, 6, 7, false }, 3, 1 },
     };
     const bool quick = getenv("SEL_TEST_QUICK") != NULL;
     const sel_cpu_level top = sel_cpu_detect();
@@ -407,7 +412,7 @@ int main(void)
                     check_train(&e, &w, &ops, engine);
                     check_score(&e, &w, &ops, engine);
                     check_decode(&e, &w, (int64_t[]){ 1, 7, e.n }[c % 3], &ops, engine);
-                    if (s == 0 && e.n > 1 && backend == SEL_LINEAR_ONEDNN) check_bfloat16(&e, threads, &ops);
+                    if ((s == 0 || switches[s].bilinear) && e.n > 1 && backend == SEL_LINEAR_ONEDNN) check_bfloat16(&e, threads, &ops);
                     example_free(&e);
                 }
             sel_linear_close(&engine);
