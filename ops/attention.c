@@ -109,6 +109,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 {
     words_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
+    const int64_t sel = attention_bilinear(a) ? dh : 0;   /* width of the selection's own rows */
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
@@ -126,6 +127,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.p = take(&end, square);
         p.f = take(&end, SUPER * square);
         p.carry = take(&end, a->i1);
+        p.sel_qt = take(&end, sel * TILE);
     } else {
         p.l0 = take(&end, p.group * SIDE * square);
         p.f = take(&end, p.group * SIDE * square);
@@ -137,6 +139,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
         p.dq = take(&end, p.tiles * TILE * H * dh);
+        p.dsel_q = take(&end, p.tiles * TILE * sel);
+        p.dsel_k = take(&end, SIDE * TILE * sel);
     }
     p.thread_size = end;
     end *= a->threads;
@@ -144,6 +148,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
     p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
     p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+    p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
     if (!backward) {
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
@@ -154,6 +159,9 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.delta_all = take(&pack, p.tiles * H * TILE);
         p.q_rows = take(&pack, p.tiles * TILE * H * dh / 2);
         p.dout_rows = take(&pack, p.tiles * TILE * H * dh / 2);
+        p.sel_k_pairs = take(&pack, p.columns * TILE * sel / 2);
+        p.sel_qt_all = take(&pack, p.tiles * TILE * sel);
+        p.sel_q_rows = take(&pack, p.tiles * TILE * sel / 2);
     }
     p.pack0 = end;
     p.pack_size = pack;

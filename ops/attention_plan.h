@@ -37,12 +37,13 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward);
 typedef struct {
     int64_t rows, tiles, columns, group, groups;
     int64_t thread0, thread_size;
-    int64_t qt, ot, ml, raw, redo, f, p, carry;      /* forward, in a thread's scratch */
+    int64_t qt, ot, ml, raw, redo, f, p, carry, sel_qt;   /* forward, in a thread's scratch */
     int64_t carries;
-    int64_t l0, g, pi, zi, zk, dk, dv, dq;           /* backward */
+    int64_t l0, g, pi, zi, zk, dk, dv, dq, dsel_q, dsel_k;   /* backward */
     int64_t pack0, pack_size;
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    int64_t sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
     int64_t total;
 } words_plan;
 
@@ -54,12 +55,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 /* Does the selection have rows of its own, or is it made of head 0's? */
 static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
 
-/* What they do not cover goes to the portable kernel: windows, head widths that are no multiple of 16, a selection
-   with rows of its own. */
-static inline bool attention_fits_words(const sel_attention *a)
-{
-    return a->window == 0 && a->dh % LANES == 0 && !attention_bilinear(a);
-}
+/* What they do not cover goes to the portable kernel: windows, head widths that are no multiple of 16. */
+static inline bool attention_fits_words(const sel_attention *a) { return a->window == 0 && a->dh % LANES == 0; }
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */
 static inline int64_t attention_whole(const sel_attention *a) { return a->B / a->threads * a->threads; }

@@ -167,23 +167,37 @@ static void check_standard_bits(void)
                 *q = fabs(*q);
                 *k = -fabs(*k);
             }
-        problem selective = p;
+        problem selective = p, bilinear;
         selective.a.selective = selective.a.relu = selective.a.protect_bos = true;
         selective.a.protect_self = selective.a.shift = true;
+        bilinear = selective;
+        bilinear.sel_q = float_normals(a.B * a.N * a.dh, 1.0);
+        bilinear.sel_k = float_normals(a.B * a.N * a.dh, 1.0);
+        for (int64_t i = 0; i < a.B * a.N * a.dh; i++) {
+            bilinear.sel_q[i] = fabs(bilinear.sel_q[i]);
+            bilinear.sel_k[i] = -fabs(bilinear.sel_k[i]);
+        }
         for (int l = 0; l < levels; l++)
-            for (int t = 1; t <= 2; t++) {
+            for (int t = 1; t <= 4; t++) {
                 const int64_t whole[] = { 0, a.N };
-                outcome x = run(&p, &tables[l], t, APART, whole, 1);
-                outcome y = run(&selective, &tables[l], t, APART, whole, 1);
+                const problem *const other = t <= 2 ? &selective : &bilinear;
+                outcome x = run(&p, &tables[l], 1 + t % 2, APART, whole, 1);
+                outcome y = run(other, &tables[l], 1 + t % 2, APART, whole, 1);
                 CHECK(same_bits(x.out, y.out, q_count(&p)) && same_bits(x.lse, y.lse, a.B * a.H * a.N),
-                      "%s, %s, %d threads: forward: F = 0 is not standard attention to the bit",
+                      "%s, %s, way %d: forward: F = 0 is not standard attention to the bit",
                       sel_cpu_level_name(tables[l].level), p.name, t);
                 CHECK(same_gradients(&p, &x, &y),
-                      "%s, %s, %d threads: backward: F = 0 is not standard attention to the bit",
+                      "%s, %s, way %d: backward: F = 0 is not standard attention to the bit",
                       sel_cpu_level_name(tables[l].level), p.name, t);
+                int64_t selected = 0;
+                for (int64_t i = 0; i < sel_count(other); i++) selected += y.dsel_q[i] != 0.0f || y.dsel_k[i] != 0.0f;
+                CHECK(selected == 0, "%s, %s: a gradient where nothing is selected",
+                      sel_cpu_level_name(tables[l].level), p.name);
                 outcome_free(&x);
                 outcome_free(&y);
             }
+        free(bilinear.sel_q);
+        free(bilinear.sel_k);
         problem_free(&p);
     }
 }
@@ -209,10 +223,8 @@ static void check_selecting_head(void)
             for (int t = 1; t <= 2; t++) {
                 outcome x = run(&p, &tables[l], t, APART, whole, 1), y = run(&own, &tables[l], t, PACKED, whole, 1);
                 const char *const level = sel_cpu_level_name(tables[l].level);
-                /* AVX-512 leaves sel_q and sel_k to the portable kernel, which rounds otherwise. */
-                CHECK(tables[l].level >= SEL_CPU_AVX512 ||
-                          (same_bits(x.out, y.out, q_count(&p)) && same_bits(x.lse, y.lse, rows * a.H) &&
-                           same_bits(x.carry, y.carry, rows)),
+                CHECK(same_bits(x.out, y.out, q_count(&p)) && same_bits(x.lse, y.lse, rows * a.H) &&
+                          same_bits(x.carry, y.carry, rows),
                       "%s, %s, %d threads: head 0's values as sel_q and sel_k: forward has other bits", level, p.name,
                       t);
                 for (int64_t row = 0; row < rows; row++)
