@@ -27,7 +27,7 @@
 #include "dist/host.h"
 
 enum { NAME = 64, FRAMES = 48 };
-#define SILENCE_SECONDS 15.0 /* a network that heals itself, a machine that swaps: shorter; a job waits in vain: longer */
+#define SILENCE_SECONDS 15.0 /* networks that heal and machines that swap take less */
 #define ROUND_SECONDS 0.25
 #define LAUNCHER_SECONDS 5.0 /* for the launcher to end a job that has lost a rank */
 #define STACK_SIGNAL (SIGRTMIN + 7)
@@ -214,7 +214,8 @@ static void doom_launcher(const sel_watchdog *w)
 }
 
 /* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not, an abort may make
-   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more: then they are killed. */
+   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more: then they are
+   killed. */
 static _Noreturn void end_alone(sel_watchdog *w)
 {
     say(w, "the job ends; its last checkpoint remains");
@@ -232,8 +233,8 @@ static void grow(growth *g, uint64_t now, double seconds)
     g->seen = now;
 }
 
-/* Whether a is further behind than b: in the order of collectives; before one rather than in it, since who is in it waits;
-   then who stopped first. */
+/* Whether a is further behind than b: in the order of collectives; before one rather than in it, since who is in it
+   waits; then who stopped first. */
 static bool is_behind(const sel_beacon_news *a, const sel_beacon_news *b)
 {
     if (a->pulse.position != b->pulse.position) return a->pulse.position < b->pulse.position;
@@ -296,7 +297,8 @@ static void check_processes(sel_watchdog *w, double seconds)
         char where[160];
         sel_pulse_read(&p->pulse, &view);
         describe(where, &view);
-        say(w, "rank %d (process %ld) has died: it was %s", w->c->rank - w->c->host_rank + r, (long)w->c->pids[r], where);
+        say(w, "rank %d (process %ld) has died: it was %s", w->c->rank - w->c->host_rank + r, (long)w->c->pids[r],
+            where);
     }
     w->dead += seconds;
     if (w->dead > LAUNCHER_SECONDS && claim(w)) {

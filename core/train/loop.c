@@ -130,8 +130,8 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
 
 static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
-/* What follows a step: validation, its row, a check of the replicas, a checkpoint.  s is NULL after a step that was left
-   out. */
+/* What follows a step: validation, its row, a check of the replicas, a checkpoint.  s is NULL after a step that was
+   left out. */
 static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, bool last)
 {
     const sel_config *c = t->config;
