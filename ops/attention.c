@@ -61,6 +61,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         if (a->selective) {
             p.f = take(&end, SUPER * square);
             p.carry = take(&end, a->i1);
+            p.began = take(&end, a->dead_after ? a->i1 : 0);
             p.rowsum = take(&end, 2 * TILE);
         }
     } else {
@@ -107,7 +108,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     p.rows = a->i1 - a->i0;
     p.tiles = ceil_div(p.rows, TILE);
     p.columns = ceil_div(a->i1, TILE);
-    p.group = tiles_a_group(p.tiles) > SIDE ? tiles_a_group(p.tiles) : SIDE;
+    p.group = tiles_a_group(p.tiles);
+    if (!a->dead_after && p.group < SIDE) p.group = SIDE;
     p.groups = ceil_div(p.tiles, p.group);
 
     if (!backward) {
@@ -120,8 +122,9 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.f = take(&end, SUPER * square);
         p.carry = take(&end, a->i1);
     } else {
-        p.l0 = take(&end, p.group * SIDE * square);
-        p.f = take(&end, p.group * SIDE * square);
+        p.live_tiles = p.group < LIVE_SIDE ? LIVE_SIDE / p.group : 1;
+        p.l0 = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
+        p.f = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
         p.g = take(&end, SIDE * SIDE * square);
         p.pi = take(&end, square);
         p.zi = take(&end, square);
@@ -130,6 +133,13 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
         p.dq = take(&end, p.tiles * TILE * H * dh);
+    }
+    if (a->dead_after) {
+        p.list = take(&end, a->i1 + LANES);
+        p.kt = take(&end, TILE * dh);
+        p.vt = take(&end, TILE * dh);
+        p.pt = take(&end, TILE * dh);
+        p.dcarry = take(&pack, a->i1);
     }
     p.thread_size = end;
     end *= a->threads;
@@ -157,6 +167,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
     SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0));
+    SEL_ASSERT(!a->dead_after || (a->selective && a->relu && a->window == 0));
     const int64_t portable = sel_attention_plan(a, backward).total;
     const int64_t words = attention_fits_words(a) ? sel_attention_words_plan(a, backward).total : 0;
     return (size_t)(portable > words ? portable : words) * sizeof(float);

@@ -22,7 +22,7 @@ typedef struct {
     bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
-    int64_t qt, ot, ml, f, tile, carry, rowsum, krows, vrows;
+    int64_t qt, ot, ml, f, tile, carry, began, rowsum, krows, vrows;
     int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
     /* backward, in a thread's scratch */
     int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq;
@@ -43,11 +43,16 @@ typedef struct {
     int64_t pack0, pack_size;
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    /* dead keys: the list, gathered tiles of keys, values and key pairs; backward: tiles of keys taken together, dF */
+    int64_t list, kt, vt, pt, live_tiles, dcarry;
     int64_t total;
 } words_plan;
 
 /* The AVX-512 kernels take pairs of column tiles and, in backward, of row tiles together. */
-enum { SIDE = 2 };
+enum {
+    SIDE = 2,
+    LIVE_SIDE = 4    /* with dead keys: tiles of one row tile's live keys */
+};
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 

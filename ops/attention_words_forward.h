@@ -13,6 +13,7 @@ typedef struct {
     float *pack;              /* this sequence's packed operands */
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
+    double live;              /* pairs of a row and a live key so far */
 } forward_job;
 
 /* Operands of keys from position col0 on (a multiple of TILE) for query head h: words, the stride of a key (K) or of
@@ -160,8 +161,22 @@ static void redo_half(const word *K, int64_t stride, int64_t kw, const word *Qt,
     }
 }
 
+/* Operands of a column tile's keys for one head: words, the stride of a key (k) and of a key or pair of keys (v). */
+typedef struct {
+    const word *k, *v;
+    int64_t k_row, v_row;
+} keys_values;
+
+static keys_values tile_operands(const forward_job *w, int64_t h, int64_t col0)
+{
+    keys_values o;
+    o.k = key_words(w, h, col0, &o.k_row);
+    o.v = value_words(w, h, col0, &o.v_row);
+    return o;
+}
+
 /* One tile of one head.  off: query lane i sees keys j <= i + off. */
-static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t off, int lanes, const float *raw,
+static void attend_tile(const forward_job *w, int64_t h, const keys_values *o, int64_t off, int lanes, const float *raw,
                         const float *NF, bool start)
 {
     const sel_attention *a = w->a;
@@ -173,32 +188,29 @@ static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t o
     word *const P = (word *)(w->scratch + p->p);
     const __m512 bound = _mm512_set1_ps(0x1p30f);
     const float scale = (float)(LOG2E / sqrt((double)dh));
-    int64_t k_stride, v_stride;
-    const word *const K = key_words(w, h, col0, &k_stride), *const V = value_words(w, h, col0, &v_stride);
 
     for (int v0 = 0; v0 < lanes; v0 += 32) {
         const int blocks = seen_blocks(v0, off);
         __m512 sums[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
 
         if (!blocks) continue;
-        logits_half(K, k_stride, dh / PAIR, Qt, raw, NF, scale, m, P, v0, blocks, off, start, sums);
+        logits_half(o->k, o->k_row, dh / PAIR, Qt, raw, NF, scale, m, P, v0, blocks, off, start, sums);
         if ((_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0)
-            redo_half(K, k_stride, dh / PAIR, Qt, NF, scale, m, l, Ot, dh, start, P, w->scratch + p->redo, v0, blocks,
+            redo_half(o->k, o->k_row, dh / PAIR, Qt, NF, scale, m, l, Ot, dh, start, P, w->scratch + p->redo, v0, blocks,
                       off, sums);
         for (int v = 0; v < 2; v++) {
             float *const at = l + v0 + v * V16;
             _mm512_storeu_ps(at, start ? sums[v] : _mm512_add_ps(_mm512_loadu_ps(at), sums[v]));
         }
-        product_32(dh, blocks * 8 / PAIR, V, 1, v_stride, P + v0, TILE, Ot + v0, TILE, start);
+        product_32(dh, blocks * 8 / PAIR, o->v, 1, o->v_row, P + v0, TILE, Ot + v0, TILE, start);
     }
 }
 
 /* Head 0's logits of a tile, plain, [j][TILE]. */
-static void raw_logits(const forward_job *w, int64_t col0, int64_t off, int lanes, const word *Qt, float *raw)
+static void raw_logits(const forward_job *w, const word *K, int64_t stride, int64_t off, int lanes, const word *Qt,
+                       float *raw)
 {
     const int64_t kw = w->a->dh / PAIR;
-    int64_t stride;
-    const word *const K = key_words(w, 0, col0, &stride);
     for (int v0 = 0; v0 < lanes; v0 += 32)
         product_32(seen_blocks(v0, off) * 8, kw, K, stride, 1, Qt + v0, TILE, raw + v0, TILE, true);
 }
@@ -270,14 +282,16 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 const int64_t col0 = J * TILE, off = row0 - col0;
                 const int cols = (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE);
 
+                const keys_values o = tile_operands(w, h, col0);
+
                 if (h == 0) {
-                    raw_logits(w, col0, off, lanes, Qt, raw);
+                    raw_logits(w, o.k, o.k_row, off, lanes, Qt, raw);
                     if (a->selective) {
                         select_words(a, raw, NF, carry + col0, rows, cols, lanes, col0, off);
                         if (memory) add_forgotten(NF, rows, cols, off, a->tau * sqrt((double)dh), rowsum);
                     }
                 }
-                attend_tile(w, h, col0, off, lanes, h == 0 ? raw : NULL, a->selective ? NF : NULL, J == 0);
+                attend_tile(w, h, &o, off, lanes, h == 0 ? raw : NULL, a->selective ? NF : NULL, J == 0);
             }
     finish_rows(w, I, rows);
     for (int i = 0; memory && i < rows; i++) {
@@ -357,7 +371,9 @@ static void carry_column(const forward_job *w, int64_t J)
         if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
         if (off + rows - 1 < 0) continue;
         transpose_words(Qt, a->q + w->b * a->q_seq + I * TILE * a->q_row, a->q_row, rows, a->dh);
-        raw_logits(w, j0, off, lanes, Qt, raw);
+        int64_t stride;
+        const word *const K = key_words(w, 0, j0, &stride);
+        raw_logits(w, K, stride, off, lanes, Qt, raw);
         select_words(a, raw, F, carry + j0, rows, (int)(j1 - j0), lanes, j0, off);
     }
     end_carry(w, carry, j0, j1);

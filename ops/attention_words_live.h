@@ -1,0 +1,472 @@
+/* attention_words_live.h: dead keys (spec, section 3.1) for the AVX-512 kernels; included once a kernel file.
+ *
+ * Where attention.h's `dead_after` is given, a row tile attends to a list of live keys: those before its group of row
+ * tiles whose F had not passed the threshold when the group began, then the group's own.  The kernels know nothing
+ * of it: K and V of a tile's 64 keys are gathered into the cache before each head, and a key's place in the list takes
+ * the place of its position, so that the causal edge is again a diagonal (`off`).  F of a dead key stays as it was.
+ *
+ * Both passes make the same lists from the same carries.  Backward goes by row tiles, descending, since lists belong to
+ * them; dK and dV are added where the keys lie.
+ */
+#ifndef SEL_OPS_ATTENTION_WORDS_LIVE_H
+#define SEL_OPS_ATTENTION_WORDS_LIVE_H
+
+#include "ops/attention_words_backward.h"
+#include "ops/attention_words_forward.h"
+
+/* The live keys of one group of row tiles. */
+typedef struct {
+    int32_t *keys;       /* positions: `old` ones before the group's first row, then the group's own, in order */
+    int64_t old;
+    int64_t row0;        /* position of the group's first row */
+} live_keys;
+
+/* The list of the group whose rows are positions [row0, row1), from the carries at its start; limit in their units. */
+static live_keys list_live(int32_t *keys, const float *carry, float limit, int64_t row0, int64_t row1)
+{
+    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    int64_t n = 0;
+    for (int64_t j = 0; j < row0; j += V16) {
+        const __mmask16 here = (__mmask16)(row0 - j < V16 ? 0xffff >> (V16 - (row0 - j)) : 0xffff);
+        const __mmask16 live = _mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, carry + j),
+                                                       _mm512_set1_ps(limit), _CMP_NGT_UQ);   /* NaN lives */
+        _mm512_storeu_si512(keys + n, _mm512_maskz_compress_epi32(live, _mm512_add_epi32(step, _mm512_set1_epi32((int)j))));
+        n += __builtin_popcount(live);
+    }
+    const live_keys l = { .keys = keys, .old = n, .row0 = row0 };
+    for (int64_t j = row0; j < row1; j++) keys[n++] = (int32_t)j;
+    return l;
+}
+
+/* The threshold in raw units. */
+static float dead_limit(const sel_attention *a, int64_t b)
+{
+    return a->dead_after[b] * (float)sqrt((double)a->dh);
+}
+
+/* Rows keys[0 .. cols) of an array of words, n words each (a multiple of 8), to `to` [TILE][n]; the rest zero.  The
+   words after each row, another head's, are asked for. */
+static void gather_rows(word *to, const word *from, int64_t stride, int64_t n, const int32_t *keys, int cols)
+{
+    for (int j = 0; j < cols; j++, to += n) {
+        const word *const row = from + keys[j] * stride;
+        for (int64_t d = 0; d < n; d += 8)
+            _mm256_storeu_si256((__m256i *)(void *)(to + d), _mm256_loadu_si256((const __m256i *)(const void *)(row + d)));
+        for (int64_t d = 0; d < n; d += 16) _mm_prefetch((const char *)(row + n + d), _MM_HINT_T0);
+    }
+    memset(to, 0, (size_t)((TILE - cols) * n) * sizeof *to);
+}
+
+#if WORD_BF16
+/* The same rows (n values each) by pairs: word (j / 2, d) = (row j, row j + 1). */
+static void gather_pairs(word *to, const word *from, int64_t stride, int64_t n, const int32_t *keys, int cols)
+{
+    for (int j = 0; j < TILE; j += 2)
+        for (int64_t d = 0; d < n; d += 16) {
+            __m512i low = _mm512_setzero_si512(), high = low;
+            if (j < cols)
+                low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j] * stride + d / 2)));
+            if (j + 1 < cols)
+                high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j + 1] * stride + d / 2)));
+            _mm512_storeu_si512(to + j / 2 * n + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
+#endif
+
+/* Where key heads' words lie by row: packed for bfloat16. */
+INLINE const word *key_rows(const sel_attention *a, int64_t b, const float *pack, int64_t packed, int64_t kh,
+                            int64_t *stride)
+{
+#if WORD_BF16
+    (void)b;
+    *stride = a->kv_heads * a->dh / 2;
+    return (const word *)(pack + packed) + kh * a->dh / 2;
+#else
+    (void)pack, (void)packed;
+    *stride = a->k_row;
+    return (const word *)(a->k + b * a->k_seq + kh * a->dh);
+#endif
+}
+INLINE const word *value_rows(const sel_attention *a, int64_t b, const float *pack, int64_t packed, int64_t kh,
+                              int64_t *stride)
+{
+#if WORD_BF16
+    (void)b;
+    *stride = a->kv_heads * a->dh / 2;
+    return (const word *)(pack + packed) + kh * a->dh / 2;
+#else
+    (void)pack, (void)packed;
+    *stride = a->v_row;
+    return (const word *)(a->v + b * a->v_seq + kh * a->dh);
+#endif
+}
+
+/* Keys and values of positions [j0, j1) by row, rounded; float32 needs none. */
+static void pack_live(const sel_attention *a, const words_plan *p, int64_t b, float *pack, int64_t j0, int64_t j1)
+{
+#if WORD_BF16
+    const int64_t n = a->kv_heads * a->dh;
+    for (int64_t j = j0; j < j1; j++) {
+        row_words((word *)(pack + p->k) + j * n / 2, a->k + b * a->k_seq + j * a->k_row, n);
+        row_words((word *)(pack + p->v) + j * n / 2, a->v + b * a->v_seq + j * a->v_row, n);
+    }
+#else
+    (void)a, (void)p, (void)b, (void)pack, (void)j0, (void)j1;
+#endif
+}
+
+/* Forward: the tile's operands for query head h. */
+static keys_values gather_forward(const forward_job *w, int64_t h, const int32_t *keys, int cols)
+{
+    const sel_attention *a = w->a;
+    const int64_t kh = h * a->kv_heads / a->heads, dh = a->dh;
+    word *const k = (word *)(w->scratch + w->p->kt), *const v = (word *)(w->scratch + w->p->vt);
+    int64_t stride;
+    const word *rows = key_rows(a, w->b, w->pack, w->p->k, kh, &stride);
+    gather_rows(k, rows, stride, dh / PAIR, keys, cols);
+    rows = value_rows(a, w->b, w->pack, w->p->v, kh, &stride);
+#if WORD_BF16
+    gather_pairs(v, rows, stride, dh, keys, cols);
+#else
+    gather_rows(v, rows, stride, dh, keys, cols);
+#endif
+    return (keys_values){ .k = k, .v = v, .k_row = dh / PAIR, .v_row = dh };
+}
+
+/* One row tile of the group, all heads; carry [i1] of the listed keys moves on past its rows. */
+static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, float *carry)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t H = a->heads, dh = a->dh, row0 = a->i0 + I * TILE;
+    const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
+    const int64_t before = live->old + row0 - live->row0, count = before + rows, dead = live->row0 - live->old;
+    word *const Qt = (word *)(w->scratch + p->qt);
+    float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
+    double rowsum[TILE] = { 0 };
+    const bool memory = a->tau > 0.0;
+
+    for (int64_t h = 0; h < H; h++)
+        transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row,
+                        rows, dh);
+    for (int64_t block = 0; block < count; block += SUPER * TILE)
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t col0 = block; col0 < count && col0 < block + SUPER * TILE; col0 += TILE) {
+                float *const NF = F + (col0 - block) * TILE;
+                const int64_t off = before - col0;
+                const int cols = (int)(count - col0 < TILE ? count - col0 : TILE);
+                const int32_t *const keys = live->keys + col0;
+                const keys_values o = gather_forward(w, h, keys, cols);
+
+                if (h == 0) {
+                    float here[TILE];
+                    for (int j = 0; j < cols; j++) here[j] = carry[keys[j]];
+                    raw_logits(w, o.k, o.k_row, off, lanes, Qt, raw);
+                    select_words(a, raw, NF, here, rows, cols, lanes, col0, off);
+                    for (int j = 0; j < cols; j++) carry[keys[j]] = here[j];
+                    if (memory) add_forgotten(NF, rows, cols, off, a->tau * sqrt((double)dh), rowsum);
+                }
+                attend_tile(w, h, &o, off, lanes, h == 0 ? raw : NULL, NF, col0 == 0);
+            }
+    finish_rows(w, I, rows);
+    for (int i = 0; i < rows; i++) {
+        const double needed = (double)(row0 + i + 1 - dead) - rowsum[i];
+        w->live += (double)(before + i + 1);
+        if (memory && (needed > w->m_max || (needed == w->m_max && row0 + i < w->m_row))) {
+            w->m_max = needed;
+            w->m_row = row0 + i;
+        }
+    }
+}
+
+/* A group of row tiles from the carries at its start; they move on. */
+static void forward_group_live(forward_job *w, int64_t group, float *carry)
+{
+    const sel_attention *a = w->a;
+    const int64_t I0 = group * w->p->group, row0 = a->i0 + I0 * TILE, end = row0 + w->p->group * TILE;
+    const live_keys live = list_live((int32_t *)(void *)(w->scratch + w->p->list), carry, dead_limit(a, w->b), row0,
+                                     end < a->i1 ? end : a->i1);
+    for (int64_t I = I0; I < w->p->tiles && I < I0 + w->p->group; I++) forward_tile_live(w, I, &live, carry);
+}
+
+static void forward_sequence_live(forward_job *w)
+{
+    float *const carry = w->scratch + w->p->carry;
+
+    pack_live(w->a, w->p, w->b, w->pack, 0, w->a->i1);
+    start_carry(w, carry, 0, w->a->i1);
+    for (int64_t g = 0; g < w->p->groups; g++) {
+        if (w->a->saved) memcpy(group_carry(w, g), carry, (size_t)w->a->i1 * sizeof *carry);
+        forward_group_live(w, g, carry);
+    }
+    end_carry(w, carry, 0, w->a->i1);
+    store_memory(w);
+    if (w->a->live) w->a->live[w->b] = w->live;
+}
+
+/* The carries of one column tile at the start of every group, from head 0 alone. */
+static void carry_column_live(const forward_job *w, int64_t J)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
+    const float limit = dead_limit(a, w->b);
+    float *const carry = w->scratch + p->carry, *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
+    word *const Qt = (word *)(w->scratch + p->qt);
+    int32_t keys[TILE] = { 0 };
+
+    for (int64_t j = j0; j < j1; j++) keys[j - j0] = (int32_t)j;
+    const keys_values o = gather_forward(w, 0, keys, (int)(j1 - j0));
+    start_carry(w, carry, j0, j1);
+    for (int64_t I = 0; I < p->tiles; I++) {
+        const int64_t row0 = a->i0 + I * TILE, off = row0 - j0;
+        const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
+        float here[TILE];
+        if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
+        if (off + rows - 1 < 0) continue;
+        const float *const began = group_carry(w, I / p->group);
+        int64_t alive = 0;
+        for (int64_t j = j0; j < j1; j++) {
+            here[j - j0] = carry[j];
+            alive += !(began[j] > limit);
+        }
+        if (!alive) continue;
+        transpose_words(Qt, a->q + w->b * a->q_seq + I * TILE * a->q_row, a->q_row, rows, a->dh);
+        raw_logits(w, o.k, o.k_row, off, lanes, Qt, raw);
+        select_words(a, raw, F, here, rows, (int)(j1 - j0), lanes, j0, off);
+        for (int64_t j = j0; j < j1; j++)
+            if (!(began[j] > limit)) carry[j] = here[j - j0];
+    }
+    end_carry(w, carry, j0, j1);
+}
+
+/* One sequence by all threads. */
+static void forward_shared_live(const sel_attention *a, const words_plan *p, int64_t b)
+{
+    forward_job best = new_forward_job(a, p, b, 0, 0);
+    #pragma omp parallel num_threads(a->threads)
+    {
+        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), 0);
+        float *const carry = w.scratch + p->carry;
+
+        #pragma omp for schedule(static)
+        for (int64_t J = 0; J < p->columns; J++)
+            pack_live(a, p, b, w.pack, J * TILE, (J + 1) * TILE < a->i1 ? (J + 1) * TILE : a->i1);
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t J = 0; J < p->columns; J++) carry_column_live(&w, J);
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t k = 0; k < p->groups; k++) {
+            const int64_t g = p->groups - 1 - k;
+            memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
+            forward_group_live(&w, g, carry);
+        }
+        #pragma omp critical(attention_memory)
+        {
+            best.live += w.live;      /* whole numbers below 2^53: exact in any order */
+            if (w.m_max > best.m_max || (w.m_max == best.m_max && w.m_row < best.m_row)) {
+                best.m_max = w.m_max;
+                best.m_row = w.m_row;
+            }
+        }
+    }
+    store_memory(&best);
+    if (a->live) a->live[b] = best.live;
+}
+
+static void forward_live(const sel_attention *a)
+{
+    const words_plan p = sel_attention_words_plan(a, false);
+    const int64_t whole = attention_whole(a);
+
+    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    for (int64_t b = 0; b < whole; b++) {
+        forward_job w = new_forward_job(a, &p, b, omp_get_thread_num(), omp_get_thread_num());
+        forward_sequence_live(&w);
+    }
+    for (int64_t b = whole; b < a->B; b++) {
+        if (p.groups > 1) {
+            forward_shared_live(a, &p, b);
+        } else {
+            forward_job w = new_forward_job(a, &p, b, 0, 0);
+            forward_sequence_live(&w);
+        }
+    }
+}
+
+/* Backward: a tile of listed keys. */
+static tile live_tile(const backward_job *w, const live_keys *live, int64_t I, int64_t col0)
+{
+    const sel_attention *a = w->a;
+    const int64_t row0 = a->i0 + I * TILE, before = live->old + row0 - live->row0;
+    tile t = { .I = I, .col0 = col0, .off = before - col0 };
+    t.rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE);
+    t.cols = (int)(before + t.rows - col0 < TILE ? before + t.rows - col0 : TILE);
+    t.lanes = t.rows > 32 ? 64 : 32;
+    return t;
+}
+
+static key_operands gather_backward(const backward_job *w, int64_t kh, const int32_t *keys, int cols)
+{
+    const sel_attention *a = w->a;
+    const int64_t dh = a->dh;
+    word *const k = (word *)(w->scratch + w->p->kt), *const v = (word *)(w->scratch + w->p->vt);
+    key_operands o = { .k = k, .v = v, .k_pairs = k, .k_row = dh / PAIR, .v_row = dh / PAIR, .pair_row = dh };
+    int64_t stride;
+    const word *rows = key_rows(a, w->b, w->pack, w->p->k, kh, &stride);
+    gather_rows(k, rows, stride, dh / PAIR, keys, cols);
+#if WORD_BF16
+    gather_pairs((word *)(w->scratch + w->p->pt), rows, stride, dh, keys, cols);
+    o.k_pairs = (const word *)(w->scratch + w->p->pt);
+#endif
+    rows = value_rows(a, w->b, w->pack, w->p->v, kh, &stride);
+    gather_rows(v, rows, stride, dh / PAIR, keys, cols);
+    return o;
+}
+
+/* rows keys[j] of `to` += scale * from [cols][n] */
+static void scatter_add(float *to, int64_t stride, const float *from, int64_t n, float scale, const int32_t *keys,
+                        int cols)
+{
+    const __m512 s = _mm512_set1_ps(scale);
+    for (int j = 0; j < cols; j++) {
+        float *const row = to + keys[j] * stride;
+        for (int64_t d = 0; d < n; d += V16)
+            _mm512_storeu_ps(row + d, _mm512_fmadd_ps(s, _mm512_loadu_ps(from + j * n + d), _mm512_loadu_ps(row + d)));
+    }
+}
+
+/* One head over one row tile and up to LIVE_SIDE tiles of listed keys from c0 on, `step` tiles apart. */
+static void live_head(const backward_job *w, const live_keys *live, int64_t group, int64_t I, int64_t h, int64_t c0,
+                      int64_t step, int64_t count, float *dcarry)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t square = TILE * TILE, dh = a->dh, kh = h * a->kv_heads / a->heads, I0 = group * p->group;
+    const bool first = h == 0;
+    float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const Z0 = w->scratch + p->raw;
+
+    for (int64_t c = 0; c < count; c++) {
+        const tile t = live_tile(w, live, I, (c0 + c * step) * TILE);
+        if (t.cols <= 0) continue;
+        const int32_t *const keys = live->keys + t.col0;
+        const key_operands o = gather_backward(w, kh, keys, t.cols);
+        const float *const L0 = w->scratch + p->l0 + (c * p->group + I - I0) * square;
+        const float *const NF = w->scratch + p->f + (c * p->group + I - I0) * square;
+        float *const G = w->scratch + p->g + c * square;
+
+        tile_gradients(w, &t, h, &o, first ? L0 : NULL, NF, G, first ? Z0 : NULL);
+        if (first) {
+            float here[TILE];
+            for (int j = 0; j < t.cols; j++) here[j] = dcarry[keys[j]];
+            if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, &t, NF, G);
+            selection_words(w, &t, L0, G, Z0, here);
+            for (int j = 0; j < t.cols; j++) dcarry[keys[j]] = here[j];
+        }
+        memset(dK, 0, (size_t)(TILE * dh) * sizeof *dK);
+        memset(dV, 0, (size_t)(TILE * dh) * sizeof *dV);
+        tile_products(w, &t, h, &o, dK, dV);
+        scatter_add(w->g->dk + w->b * w->g->dk_seq + kh * dh, w->g->dk_row, dK, dh, (float)(1.0 / sqrt((double)dh)), keys,
+                    t.cols);
+        scatter_add(w->g->dv + w->b * w->g->dv_seq + kh * dh, w->g->dv_row, dV, dh, 1.0f, keys, t.cols);
+    }
+}
+
+/* Head 0's logits and -F of a tile of listed keys in all row tiles of a group, upwards from the saved carry. */
+static void rebuild_live(const backward_job *w, const live_keys *live, int64_t group, int64_t col0, int64_t c)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t square = TILE * TILE, kw = a->dh / PAIR, I0 = group * p->group;
+    const int64_t I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
+    const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + group) * a->i1;
+    const int32_t *const keys = live->keys + col0;
+    const int most = live_tile(w, live, I1 - 1, col0).cols;
+    float carry[TILE];
+    int64_t stride;
+    word *const k = (word *)(w->scratch + p->kt);
+
+    const word *const rows = key_rows(a, w->b, w->pack, p->k, 0, &stride);
+    gather_rows(k, rows, stride, kw, keys, most);
+    for (int j = 0; j < most; j++) carry[j] = saved[keys[j]];
+    for (int64_t I = I0; I < I1; I++) {
+        const tile t = live_tile(w, live, I, col0);
+        if (t.cols <= 0) continue;
+        float *const L0 = w->scratch + p->l0 + (c * p->group + I - I0) * square;
+        float *const NF = w->scratch + p->f + (c * p->group + I - I0) * square;
+        for (int v0 = 0; v0 < t.lanes; v0 += 32)
+            product_32(seen_blocks(v0, t.off) * 8, kw, k, kw, 1,
+                       (const word *)(w->pack + p->qt_all) + I * a->heads * kw * TILE + v0, TILE, L0 + v0, TILE, true);
+        select_words(a, L0, NF, carry, t.rows, t.cols, t.lanes, t.col0, t.off);
+    }
+}
+
+/* The tiles of a group's list that this thread takes (every threads-th), some at a time. */
+static void backward_group_live(const backward_job *w, int64_t group, int thread, int threads, float *dcarry)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t I0 = group * p->group, I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
+    const int64_t row0 = a->i0 + I0 * TILE, end = a->i0 + I1 * TILE, row1 = end < a->i1 ? end : a->i1;
+    const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + group) * a->i1;
+    const live_keys live = list_live((int32_t *)(void *)(w->scratch + p->list), saved, dead_limit(a, w->b), row0, row1);
+    const int64_t tiles = (live.old + row1 - row0 + TILE - 1) / TILE, at_once = p->live_tiles;
+
+    for (int64_t c0 = thread; c0 < tiles; c0 += at_once * threads) {
+        const int64_t left = (tiles - c0 + threads - 1) / threads, count = left < at_once ? left : at_once;
+        for (int64_t c = 0; c < count; c++) rebuild_live(w, &live, group, (c0 + c * threads) * TILE, c);
+        for (int64_t I = I1 - 1; I >= I0; I--) {
+            memset(w->scratch + p->g, 0, (size_t)(count * TILE * TILE) * sizeof(float));
+            for (int64_t n = 1; n <= a->heads; n++)   /* head 0 last: its dF needs the other heads' */
+                live_head(w, &live, group, I, n % a->heads, c0, threads, count, dcarry);
+        }
+    }
+}
+
+static void clear_rows(float *x, int64_t row, int64_t n, int64_t j0, int64_t j1)
+{
+    for (int64_t j = j0; j < j1; j++) memset(x + j * row, 0, (size_t)n * sizeof *x);
+}
+
+static void backward_live(const sel_attention *a, const sel_attention_grad *g)
+{
+    const words_plan p = sel_attention_words_plan(a, true);
+    const int64_t width = a->kv_heads * a->dh;
+
+    for (int64_t b = 0; b < a->B;) {
+        const bool whole = b < attention_whole(a);
+        #pragma omp parallel num_threads(a->threads)
+        {
+            /* Whole sequences: one a thread; otherwise all threads on one. */
+            const int me = omp_get_thread_num(), thread = whole ? 0 : me, threads = whole ? 1 : a->threads;
+            const backward_job w = new_backward_job(a, g, &p, whole ? b + me : b, me, whole ? me : 0);
+            const backward_job zero = new_backward_job(a, g, &p, w.b, whole ? me : 0, whole ? me : 0);
+            float *const dcarry = w.pack + p.dcarry;
+
+            clear_dq(&w);
+            for (int64_t J = thread; J < p.columns; J += threads) {
+                const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
+                pack_live(a, &p, w.b, w.pack, j0, j1);
+                clear_rows(g->dk + w.b * g->dk_seq, g->dk_row, width, j0, j1);
+                clear_rows(g->dv + w.b * g->dv_seq, g->dv_row, width, j0, j1);
+                for (int64_t j = j0; j < j1; j++)
+                    dcarry[j] = g->dcarry_in ? g->dcarry_in[w.b * a->carry_seq + j] : 0.0f;
+            }
+            for (int64_t I = thread; I < p.tiles; I += threads) pack_rows(&w, I);
+            for (int64_t group = p.groups - 1; group >= 0; group--) {
+                if (!whole) {
+                    #pragma omp barrier
+                }
+                backward_group_live(&w, group, thread, threads, dcarry);
+            }
+            if (!whole) {
+                #pragma omp barrier
+            }
+            for (int64_t I = thread; I < p.tiles; I += threads) store_dq(&zero, I, threads);
+            for (int64_t j = thread; g->dcarry_out && j < a->i1; j += threads)
+                g->dcarry_out[w.b * a->carry_seq + j] = dcarry[j];
+        }
+        b += whole ? a->threads : 1;
+    }
+}
+
+#endif
