@@ -13,6 +13,7 @@ typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_ON_NAN_STOP } sel_on_nan;
+typedef enum { SEL_DEAD_KEYS_OFF, SEL_DEAD_KEYS_ROUNDING, SEL_DEAD_KEYS_EXACT } sel_dead_keys;
 
 typedef struct sel_config {
     struct {
@@ -27,6 +28,7 @@ typedef struct sel_config {
         sel_attention_kind kind;
         struct { bool relu, protect_bos, protect_self, shift; } selection;
         struct { double epsilon, tau; } memory_loss;
+        sel_dead_keys dead_keys;
     } attention;
     struct {
         char train[SEL_PATH_MAX], validation[SEL_PATH_MAX], tokenizer[SEL_PATH_MAX];
