@@ -367,7 +367,7 @@ static void test_emit(void)
     CHECK(text &&
               strstr(text, "\nattention:\n  kind: selective\n  selection:\n    relu: true\n    protect_bos: false\n"),
           "%s", text);
-    CHECK(text && strstr(text, "  memory_loss:\n    epsilon: 0.1\n    tau: 2.0\n  dead_keys: \"rounding\"\n"), "%s", text);
+    CHECK(text && strstr(text, "  memory_loss:\n    epsilon: 0.1\n    tau: 2.0\n  dead_keys: rounding\n"), "%s", text);
     CHECK(text && strstr(text, "  adam_epsilon: 1.0e-09\n") && strstr(text, "  ffn_width: 1024\n"), "%s", text);
     int lines = 0, sections = 0;
     for (const char *p = text; p && *p; p++) {
