@@ -185,7 +185,8 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     const sel_train_job *j = t->job;
     const sel_provenance p = {
         .program = j->program, .commit = j->commit, .compiler = j->compiler, .build = j->build,
-        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine), .cpu = sel_cpu_name(),
+        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine),
+        .precision = t->config->train.precision == SEL_PRECISION_BFLOAT16 ? "bfloat16" : "float32", .cpu = sel_cpu_name(),
         .cpu_level = sel_cpu_level_name(t->ops.level), .ranks = sel_comm_size(t->comm), .threads = t->threads,
         .hosts = sel_comm_hosts(t->comm), .host_names = hosts, .command = j->command, .resumed_from = resumed_from,
         .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
@@ -198,7 +199,7 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
-        .linear = p.linear, .mpi = p.mpi,
+        .linear = p.linear, .precision = p.precision, .mpi = p.mpi,
     };
     SEL_TRY(sel_run_provenance(t->run, &p));
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
