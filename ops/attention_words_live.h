@@ -11,8 +11,8 @@
 #ifndef SEL_OPS_ATTENTION_WORDS_LIVE_H
 #define SEL_OPS_ATTENTION_WORDS_LIVE_H
 
-#include "ops/attention_words_backward.h"
 #include "ops/attention_words_forward.h"
+#include "ops/attention_words_backward.h"
 
 /* The live keys of one group of row tiles. */
 typedef struct {
@@ -73,14 +73,14 @@ static void gather_pairs(word *to, const word *from, int64_t stride, int64_t n, 
 }
 #endif
 
-/* Where key heads' words lie by row: packed for bfloat16. */
+/* Where one key head's words lie by row: packed for bfloat16, head after head. */
 INLINE const word *key_rows(const sel_attention *a, int64_t b, const float *pack, int64_t packed, int64_t kh,
                             int64_t *stride)
 {
 #if WORD_BF16
     (void)b;
-    *stride = a->kv_heads * a->dh / 2;
-    return (const word *)(pack + packed) + kh * a->dh / 2;
+    *stride = a->dh / 2;
+    return (const word *)(pack + packed) + kh * a->i1 * a->dh / 2;
 #else
     (void)pack, (void)packed;
     *stride = a->k_row;
@@ -92,8 +92,8 @@ INLINE const word *value_rows(const sel_attention *a, int64_t b, const float *pa
 {
 #if WORD_BF16
     (void)b;
-    *stride = a->kv_heads * a->dh / 2;
-    return (const word *)(pack + packed) + kh * a->dh / 2;
+    *stride = a->dh / 2;
+    return (const word *)(pack + packed) + kh * a->i1 * a->dh / 2;
 #else
     (void)pack, (void)packed;
     *stride = a->v_row;
@@ -105,18 +105,19 @@ INLINE const word *value_rows(const sel_attention *a, int64_t b, const float *pa
 static void pack_live(const sel_attention *a, const words_plan *p, int64_t b, float *pack, int64_t j0, int64_t j1)
 {
 #if WORD_BF16
-    const int64_t n = a->kv_heads * a->dh;
-    for (int64_t j = j0; j < j1; j++) {
-        row_words((word *)(pack + p->k) + j * n / 2, a->k + b * a->k_seq + j * a->k_row, n);
-        row_words((word *)(pack + p->v) + j * n / 2, a->v + b * a->v_seq + j * a->v_row, n);
-    }
+    const int64_t n = a->dh, size = a->i1 * n / 2;
+    for (int64_t j = j0; j < j1; j++)
+        for (int64_t kh = 0; kh < a->kv_heads; kh++) {
+            row_words((word *)(pack + p->k) + kh * size + j * n / 2, a->k + b * a->k_seq + j * a->k_row + kh * n, n);
+            row_words((word *)(pack + p->v) + kh * size + j * n / 2, a->v + b * a->v_seq + j * a->v_row + kh * n, n);
+        }
 #else
     (void)a, (void)p, (void)b, (void)pack, (void)j0, (void)j1;
 #endif
 }
 
 /* Forward: the tile's operands for query head h. */
-static keys_values gather_forward(const forward_job *w, int64_t h, const int32_t *keys, int cols)
+static key_tile gather_forward(const forward_job *w, int64_t h, const int32_t *keys, int cols)
 {
     const sel_attention *a = w->a;
     const int64_t kh = h * a->kv_heads / a->heads, dh = a->dh;
@@ -130,7 +131,7 @@ static keys_values gather_forward(const forward_job *w, int64_t h, const int32_t
 #else
     gather_rows(v, rows, stride, dh, keys, cols);
 #endif
-    return (keys_values){ .k = k, .v = v, .k_row = dh / PAIR, .v_row = dh };
+    return (key_tile){ .k = k, .v = v, .k_row = dh / PAIR, .v_row = dh };
 }
 
 /* One row tile of the group, all heads; carry [i1] of the listed keys moves on past its rows. */
@@ -138,43 +139,49 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, 
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t H = a->heads, dh = a->dh, row0 = a->i0 + I * TILE;
-    const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
-    const int64_t before = live->old + row0 - live->row0, count = before + rows, dead = live->row0 - live->old;
-    word *const Qt = (word *)(w->scratch + p->qt);
+    const row_tile t = row_tile_of(w, I);
+    const int64_t before = live->old + t.row0 - live->row0, count = before + t.rows, dead = live->row0 - live->old;
     float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     double rowsum[TILE] = { 0 };
     const bool memory = a->tau > 0.0;
 
-    for (int64_t h = 0; h < H; h++)
-        transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row,
-                        rows, dh);
     for (int64_t block = 0; block < count; block += SUPER * TILE)
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t col0 = block; col0 < count && col0 < block + SUPER * TILE; col0 += TILE) {
+        for (int64_t h = 0; h < a->heads; h++) {
+            const head_rows rows = rows_of(w, h);
+            const int64_t end = block + SUPER * TILE < count ? block + SUPER * TILE : count;
+
+            if (block == 0)
+                transpose_words((word *)(w->scratch + p->qt) + slot(w, h) * a->dh / PAIR * TILE, q_of(w, &t, h),
+                                a->q_row, t.rows, a->dh);
+            w->room.next.n = 0;
+            if (block == 0 && h + 1 < a->heads)
+                fetch_rows(&w->room.next, q_of(w, &t, h + 1), a->q_row * 4, t.rows, a->dh * 4);
+            for (int64_t col0 = block; col0 < end; col0 += TILE) {
                 float *const NF = F + (col0 - block) * TILE;
                 const int64_t off = before - col0;
+                const tile_view view = view_of(off, 0, t.rows);
                 const int cols = (int)(count - col0 < TILE ? count - col0 : TILE);
                 const int32_t *const keys = live->keys + col0;
-                const keys_values o = gather_forward(w, h, keys, cols);
+                const key_tile o = gather_forward(w, h, keys, cols);
 
                 if (h == 0) {
                     float here[TILE];
                     for (int j = 0; j < cols; j++) here[j] = carry[keys[j]];
-                    raw_logits(w, o.k, o.k_row, off, lanes, Qt, raw);
-                    select_words(a, raw, NF, here, rows, cols, lanes, col0, off);
+                    raw_logits(&w->room, &o, rows.q, &view, raw);
+                    select_words(a, raw, NF, here, t.rows, cols, view.lanes, col0, off);
                     for (int j = 0; j < cols; j++) carry[keys[j]] = here[j];
-                    if (memory) add_forgotten(NF, rows, cols, off, a->tau * sqrt((double)dh), rowsum);
+                    if (memory) add_forgotten(NF, t.rows, cols, off, a->tau * sqrt((double)a->dh), rowsum);
                 }
-                attend_tile(w, h, &o, off, lanes, h == 0 ? raw : NULL, NF, col0 == 0);
+                attend_tile(&w->room, &o, &rows, &view, h == 0 ? raw : NULL, NF, col0 == 0);
             }
-    finish_rows(w, I, rows);
-    for (int i = 0; i < rows; i++) {
-        const double needed = (double)(row0 + i + 1 - dead) - rowsum[i];
+            if (end == count) finish_rows(w, &t, h);
+        }
+    for (int i = 0; i < t.rows; i++) {
+        const double needed = (double)(t.row0 + i + 1 - dead) - rowsum[i];
         w->live += (double)(before + i + 1);
-        if (memory && (needed > w->m_max || (needed == w->m_max && row0 + i < w->m_row))) {
+        if (memory && (needed > w->m_max || (needed == w->m_max && t.row0 + i < w->m_row))) {
             w->m_max = needed;
-            w->m_row = row0 + i;
+            w->m_row = t.row0 + i;
         }
     }
 }
@@ -184,8 +191,10 @@ static void forward_group_live(forward_job *w, int64_t group, float *carry)
 {
     const sel_attention *a = w->a;
     const int64_t I0 = group * w->p->group, row0 = a->i0 + I0 * TILE, end = row0 + w->p->group * TILE;
+    const int64_t row1 = end < a->i1 ? end : a->i1;
     const live_keys live = list_live((int32_t *)(void *)(w->scratch + w->p->list), carry, dead_limit(a, w->b), row0,
-                                     end < a->i1 ? end : a->i1);
+                                     row1);
+    if (!w->packed) pack_live(a, w->p, w->b, w->pack, group ? row0 : 0, row1);
     for (int64_t I = I0; I < w->p->tiles && I < I0 + w->p->group; I++) forward_tile_live(w, I, &live, carry);
 }
 
@@ -193,7 +202,6 @@ static void forward_sequence_live(forward_job *w)
 {
     float *const carry = w->scratch + w->p->carry;
 
-    pack_live(w->a, w->p, w->b, w->pack, 0, w->a->i1);
     start_carry(w, carry, 0, w->a->i1);
     for (int64_t g = 0; g < w->p->groups; g++) {
         if (w->a->saved) memcpy(group_carry(w, g), carry, (size_t)w->a->i1 * sizeof *carry);
@@ -216,24 +224,26 @@ static void carry_column_live(const forward_job *w, int64_t J)
     int32_t keys[TILE] = { 0 };
 
     for (int64_t j = j0; j < j1; j++) keys[j - j0] = (int32_t)j;
-    const keys_values o = gather_forward(w, 0, keys, (int)(j1 - j0));
+    const key_tile o = gather_forward(w, 0, keys, (int)(j1 - j0));
     start_carry(w, carry, j0, j1);
     for (int64_t I = 0; I < p->tiles; I++) {
-        const int64_t row0 = a->i0 + I * TILE, off = row0 - j0;
-        const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
-        float here[TILE];
-        if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
-        if (off + rows - 1 < 0) continue;
+        const row_tile t = row_tile_of(w, I);
+        const int64_t off = t.row0 - j0;
+        const tile_view view = view_of(off, 0, t.rows);
         const float *const began = group_carry(w, I / p->group);
+        float here[TILE];
         int64_t alive = 0;
+
+        if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
+        if (off + t.rows - 1 < 0) continue;
         for (int64_t j = j0; j < j1; j++) {
             here[j - j0] = carry[j];
             alive += !(began[j] > limit);
         }
         if (!alive) continue;
-        transpose_words(Qt, a->q + w->b * a->q_seq + I * TILE * a->q_row, a->q_row, rows, a->dh);
-        raw_logits(w, o.k, o.k_row, off, lanes, Qt, raw);
-        select_words(a, raw, F, here, rows, (int)(j1 - j0), lanes, j0, off);
+        transpose_words(Qt, q_of(w, &t, 0), a->q_row, t.rows, a->dh);
+        raw_logits(&w->room, &o, Qt, &view, raw);
+        select_words(a, raw, F, here, t.rows, (int)(j1 - j0), view.lanes, j0, off);
         for (int64_t j = j0; j < j1; j++)
             if (!(began[j] > limit)) carry[j] = here[j - j0];
     }
@@ -252,6 +262,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
         #pragma omp for schedule(static)
         for (int64_t J = 0; J < p->columns; J++)
             pack_live(a, p, b, w.pack, J * TILE, (J + 1) * TILE < a->i1 ? (J + 1) * TILE : a->i1);
+        w.packed = true;
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) carry_column_live(&w, J);
         #pragma omp for schedule(dynamic, 1)
