@@ -44,17 +44,25 @@ static float dead_limit(const sel_attention *a, int64_t b)
     return a->dead_after[b] * (float)sqrt((double)a->dh);
 }
 
-/* Rows keys[0 .. cols) of an array of words, n words each (a multiple of 8), to `to` [TILE][n]; the rest zero.  The
-   words after each row, another head's, are asked for. */
+/* Rows keys[0 .. cols) of an array of words, n words each (a multiple of 8), to `to` [TILE][n]; the rest zero. */
 static void gather_rows(word *to, const word *from, int64_t stride, int64_t n, const int32_t *keys, int cols)
 {
     for (int j = 0; j < cols; j++, to += n) {
         const word *const row = from + keys[j] * stride;
-        for (int64_t d = 0; d < n; d += 8)
-            _mm256_storeu_si256((__m256i *)(void *)(to + d), _mm256_loadu_si256((const __m256i *)(const void *)(row + d)));
-        for (int64_t d = 0; d < n; d += 16) _mm_prefetch((const char *)(row + n + d), _MM_HINT_T0);
+        int64_t d = 0;
+        for (; d + 16 <= n; d += 16) _mm512_storeu_si512(to + d, _mm512_loadu_si512(row + d));
+        if (d < n)
+            _mm256_storeu_si256((__m256i *)(void *)(to + d),
+                                _mm256_loadu_si256((const __m256i *)(const void *)(row + d)));
     }
     memset(to, 0, (size_t)((TILE - cols) * n) * sizeof *to);
+}
+
+/* Asks for such rows, so that they are near when they are gathered. */
+static void fetch_keys_ahead(const word *from, int64_t stride, int64_t n, const int32_t *keys, int64_t cols)
+{
+    for (int64_t j = 0; j < cols; j++)
+        for (int64_t d = 0; d < n; d += 16) _mm_prefetch((const char *)(from + keys[j] * stride + d), _MM_HINT_T1);
 }
 
 #if WORD_BF16
@@ -134,6 +142,18 @@ static key_tile gather_forward(const forward_job *w, int64_t h, const int32_t *k
     return (key_tile){ .k = k, .v = v, .k_row = dh / PAIR, .v_row = dh };
 }
 
+/* Asks for the next tile's, `left` keys from `keys` on. */
+static void fetch_live(const forward_job *w, int64_t h, const int32_t *keys, int64_t left)
+{
+    const sel_attention *a = w->a;
+    const int64_t kh = h * a->kv_heads / a->heads;
+    int64_t stride;
+    const word *rows = key_rows(a, w->b, w->pack, w->p->k, kh, &stride);
+    fetch_keys_ahead(rows, stride, a->dh / PAIR, keys, left < TILE ? left : TILE);
+    rows = value_rows(a, w->b, w->pack, w->p->v, kh, &stride);
+    fetch_keys_ahead(rows, stride, a->dh / PAIR, keys, left < TILE ? left : TILE);
+}
+
 /* One row tile of the group, all heads; carry [i1] of the listed keys moves on past its rows. */
 static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, float *carry)
 {
@@ -164,6 +184,8 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, 
                 const int32_t *const keys = live->keys + col0;
                 const key_tile o = gather_forward(w, h, keys, cols);
 
+                if (col0 + TILE < end) fetch_live(w, h, keys + TILE, end - col0 - TILE);
+                else if (h + 1 < a->heads) fetch_live(w, h + 1, live->keys + block, end - block);
                 if (h == 0) {
                     float here[TILE];
                     for (int j = 0; j < cols; j++) here[j] = carry[keys[j]];
