@@ -148,8 +148,10 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
             _mm512_store_ps(x + r * 32 + v * V16, acc[r][v]);
             acc[r][v] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(rows->delta + lane + v * V16));
         }
-    for (int64_t k = 0; k < kw; k += steps) {
-        sum_rows(v0, 2, steps, keys->v + j0 * kw + k, kw, 1, rows->dot + k * TILE + lane, TILE, &m->next, acc);
+    const word *A = keys->v + j0 * kw, *B = rows->dot + lane;
+    for (int64_t k = 0; k < kw; k += steps, A += steps, B += steps * TILE) {
+        __asm__("" : "+r"(A), "+r"(B));   /* two pointers move, not one for each word of a step */
+        sum_rows(v0, 2, steps, A, kw, 1, B, TILE, &m->next, acc);
         for (int64_t n = 0; n < each && done < 8; n++, done++)
             exponentiate_row(v0, x, done, c, rows->lse + lane, t->p + j0 * TILE_WORDS + lane / PAIR);
     }
