@@ -18,14 +18,15 @@ typedef struct {
     const words_plan *p;
     int64_t b;
     float *scratch, *pack;    /* this thread's scratch, this sequence's packed operands */
+    bool shared;              /* by all threads: operands are packed before and dq is summed after; else head by head */
     gradient_room room;
 } backward_job;
 
 /* The four tiles that go together: row tiles [I0, I1), column tiles [J0, J1), a group of row tiles from `group`. */
 typedef struct {
     int64_t I0, I1, J0, J1, group;
-    bool first_rows;          /* the first that these column tiles meet: dK and dV start here */
-    bool first_columns;       /* the first that these row tiles meet in this thread: dQ starts here */
+    bool first_rows, last_rows;   /* that these column tiles meet: dK and dV start, end here */
+    bool first_columns;           /* that these row tiles meet in this thread: dQ starts here */
 } square_of_tiles;
 
 static gradient_keys keys_at(const backward_job *w, int64_t kh, int64_t J)
@@ -71,50 +72,104 @@ static void copy_pairs(word *to, const float *x, int64_t x_row, int real, int64_
 
 static word *writable(const backward_job *w, const word *at) { return (word *)w->pack + (at - (const word *)w->pack); }
 
-static void pack_columns(const backward_job *w, int64_t J)
+static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+
+/* Where a head's keys, values and their gradients, queries, results and theirs lie in the caller's arrays: tile J or I. */
+static int64_t key_place(const backward_job *w, int64_t seq, int64_t row, int64_t kh, int64_t J)
 {
-    const sel_attention *a = w->a;
-    const int cols = (int)(a->i1 - J * TILE < TILE ? a->i1 - J * TILE : TILE);
-    for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        const gradient_keys to = keys_at(w, kh, J);
-        const float *const k = a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh;
-        copy_rows(writable(w, to.k), k, a->k_row, cols, a->dh);
-        if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, a->dh);
-        copy_rows(writable(w, to.v), a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh, a->v_row, cols, a->dh);
-    }
+    return w->b * seq + J * TILE * row + kh * w->a->dh;
+}
+static int64_t row_place(const backward_job *w, int64_t seq, int64_t row, int64_t h, int64_t I)
+{
+    return w->b * seq + I * TILE * row + h * w->a->dh;
 }
 
-/* Row tile I: q and dO in both forms, lse (log2), delta = rowsum(dO o out). */
-static void pack_rows(const backward_job *w, int64_t I)
+static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
+{
+    const sel_attention *a = w->a;
+    const int cols = (int)least(a->i1 - J * TILE, TILE);
+    const gradient_keys to = keys_at(w, kh, J);
+    const float *const k = a->k + key_place(w, a->k_seq, a->k_row, kh, J);
+    copy_rows(writable(w, to.k), k, a->k_row, cols, a->dh);
+    if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, a->dh);
+    copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, a->dh);
+}
+
+/* Row tile I of a head: q and dO in both forms, lse (log2), delta = rowsum(dO o out). */
+static void pack_rows(const backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t H = a->heads, dh = a->dh, row = I * TILE;
-    const int rows = (int)(p->rows - row < TILE ? p->rows - row : TILE);
+    const int64_t H = a->heads, dh = a->dh;
+    const int rows = (int)least(p->rows - I * TILE, TILE);
+    const gradient_rows to = rows_at(w, h, I);
+    const float *const q = a->q + row_place(w, a->q_seq, a->q_row, h, I);
+    const float *const dout = w->g->dout + row_place(w, a->out_seq, a->out_row, h, I);
+    const float *const out = a->out + row_place(w, a->out_seq, a->out_row, h, I);
+    const float *const lse = a->lse + (w->b * H + h) * p->rows + I * TILE;
+    float *const lse2 = w->pack + p->lse_all + (I * H + h) * TILE;
+    float *const delta = w->pack + p->delta_all + (I * H + h) * TILE;
 
-    for (int64_t h = 0; h < H; h++) {
-        const gradient_rows to = rows_at(w, h, I);
-        const float *const q = a->q + w->b * a->q_seq + row * a->q_row + h * dh;
-        const float *const dout = w->g->dout + w->b * a->out_seq + row * a->out_row + h * dh;
-        const float *const out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
-        const float *const lse = a->lse + (w->b * H + h) * p->rows + row;
-        float *const lse2 = w->pack + p->lse_all + (I * H + h) * TILE;
-        float *const delta = w->pack + p->delta_all + (I * H + h) * TILE;
-
-        transpose_words(writable(w, to.qt), q, a->q_row, rows, dh);
-        copy_pairs(writable(w, to.q), q, a->q_row, rows, dh);
-        transpose_words(writable(w, to.dot), dout, a->out_row, rows, dh);
-        copy_pairs(writable(w, to.dout), dout, a->out_row, rows, dh);
-        for (int i = 0; i < TILE; i++) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; i < rows && d < dh; d += V16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d),
-                                      _mm512_loadu_ps(out + i * a->out_row + d), sum);
-            delta[i] = _mm512_reduce_add_ps(sum);
-        }
-        for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
-        for (int i = rows; i < TILE; i++) lse2[i] = NO_ROW;
+    transpose_words(writable(w, to.qt), q, a->q_row, rows, dh);
+    copy_pairs(writable(w, to.q), q, a->q_row, rows, dh);
+    transpose_words(writable(w, to.dot), dout, a->out_row, rows, dh);
+    copy_pairs(writable(w, to.dout), dout, a->out_row, rows, dh);
+    for (int i = 0; i < TILE; i++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t d = 0; i < rows && d < dh; d += V16)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d), _mm512_loadu_ps(out + i * a->out_row + d),
+                                  sum);
+        delta[i] = _mm512_reduce_add_ps(sum);
     }
+    for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
+    for (int i = rows; i < TILE; i++) lse2[i] = NO_ROW;
+}
+
+/* dK (times 1 / sqrt(dh)) and dV of a column tile. */
+static void store_keys(const backward_job *w, int64_t kh, int64_t J)
+{
+    const sel_attention *a = w->a;
+    const sel_attention_grad *g = w->g;
+    const gradient_keys from = keys_at(w, kh, J);
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)a->dh)));
+    float *const dk = g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J);
+    float *const dv = g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J);
+
+    for (int64_t j = 0; j < TILE && J * TILE + j < a->i1; j++)
+        for (int64_t d = 0; d < a->dh; d += V16) {
+            _mm512_storeu_ps(dk + j * g->dk_row + d, _mm512_mul_ps(_mm512_loadu_ps(from.dk + j * a->dh + d), scale));
+            _mm512_storeu_ps(dv + j * g->dv_row + d, _mm512_loadu_ps(from.dv + j * a->dh + d));
+        }
+}
+
+/* dq of row tile I: the sums of the threads that have one, in thread order, turned back to rows.  A thread has none
+   where its first pair of column tiles lies after the rows. */
+static void store_dq(const backward_job *w, int64_t h, int64_t I, int threads)
+{
+    const sel_attention *a = w->a;
+    const int64_t dh = a->dh, row = w->g->dq_row, end = least(a->i0 + I * TILE + TILE, a->i1);
+    const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)dh)));
+    const int rows = (int)(end - a->i0 - I * TILE);
+    const float *const sum = rows_at(w, h, I).dq;
+    float *const dq = w->g->dq + row_place(w, w->g->dq_seq, row, h, I);
+    int summed = 1;
+
+    while (summed < threads && summed * SIDE * TILE < end) summed++;
+    for (int i0 = 0; i0 < rows; i0 += V16)
+        for (int64_t d = 0; d < dh; d += V16) {
+            __m512i x[16];
+            #pragma GCC unroll 16
+            for (int k = 0; k < 16; k++) {
+                const float *at = sum + (d + k) * TILE + i0;
+                __m512 y = _mm512_loadu_ps(at);
+                for (int n = 1; n < summed; n++) y = _mm512_add_ps(y, _mm512_loadu_ps(at += w->p->thread_size));
+                x[k] = _mm512_castps_si512(_mm512_mul_ps(y, scale));
+            }
+            transpose_registers(x);
+            #pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                if (i0 + i < rows) _mm512_storeu_si512(dq + (i0 + i) * row + d, x[i]);
+        }
 }
 
 /* Tile (I, J), a corner of its square; false where no row of I sees a key of J. */
@@ -177,28 +232,47 @@ static void fetch_block(fetch_queue *q, const void *at, int64_t bytes)
 /* Asks for what head h needs in a square, what it needs first last. */
 static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
 {
-    const int64_t kh = h * w->a->kv_heads / w->a->heads, size = TILE * w->a->dh * 4;
+    const sel_attention *a = w->a;
+    const sel_attention_grad *g = w->g;
+    const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4, size = TILE * width;
     fetch_queue *const q = &w->room.next;
 
     q->n = 0;
+    for (int64_t J = u->J0; J < u->J1 && u->last_rows; J++) {
+        const int64_t cols = least(a->i1 - J * TILE, TILE);
+        fetch_rows(q, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row * 4, cols, width);
+        fetch_rows(q, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row * 4, cols, width);
+    }
     for (int64_t I = u->I0; I < u->I1 && !u->first_columns; I++) fetch_block(q, rows_at(w, h, I).dq, size);
-    for (int64_t J = u->J0; J < u->J1; J++) {
+    for (int64_t J = u->J0; J < u->J1 && !u->first_rows; J++) {
         const gradient_keys keys = keys_at(w, kh, J);
         fetch_block(q, keys.dk, size);
         fetch_block(q, keys.dv, size);
         if (WORD_BF16) fetch_block(q, keys.pairs, size / PAIR);
     }
-    for (int64_t I = u->I0; I < u->I1; I++) {
-        fetch_block(q, rows_at(w, h, I).q, size / PAIR);
-        fetch_block(q, rows_at(w, h, I).dout, size / PAIR);
+    for (int64_t J = u->J0; J < u->J1; J++) {
+        const int64_t cols = least(a->i1 - J * TILE, TILE);
+        if (u->first_rows && !w->shared) {
+            fetch_rows(q, a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row * 4, cols, width);
+            fetch_rows(q, a->k + key_place(w, a->k_seq, a->k_row, kh, J), a->k_row * 4, cols, width);
+        } else {
+            fetch_block(q, keys_at(w, kh, J).v, size / PAIR);
+            fetch_block(q, keys_at(w, kh, J).k, size / PAIR);
+        }
     }
-    for (int64_t J = u->J1; J-- > u->J0;) {
-        fetch_block(q, keys_at(w, kh, J).v, size / PAIR);
-        fetch_block(q, keys_at(w, kh, J).k, size / PAIR);
-    }
     for (int64_t I = u->I0; I < u->I1; I++) {
-        fetch_block(q, rows_at(w, h, I).dot, size / PAIR);
-        fetch_block(q, rows_at(w, h, I).qt, size / PAIR);
+        const int64_t rows = least(w->p->rows - I * TILE, TILE);
+        if (u->first_columns && !w->shared) {
+            fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+            fetch_rows(q, g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+            fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
+        } else {
+            const gradient_rows r = rows_at(w, h, I);
+            fetch_block(q, r.q, size / PAIR);
+            fetch_block(q, r.dout, size / PAIR);
+            fetch_block(q, r.dot, size / PAIR);
+            fetch_block(q, r.qt, size / PAIR);
+        }
     }
 }
 
@@ -212,13 +286,20 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
     /* Heads go round as 1, 2 .. heads - 1, 0: this one is the first of its keys' where the one before has others. */
     const int64_t before = h == 1 || a->heads == 1 ? -1 : (h ? h - 1 : a->heads - 1) * a->kv_heads / a->heads;
     const bool opens = u->first_rows && (h ? kh != before : a->heads == a->kv_heads);
+    const bool closes = u->last_rows && (!h || (kh && (h + 1) * a->kv_heads / a->heads != kh));
     gradient_tile tiles[SIDE][SIDE];
     gradient_keys keys[SIDE];
     gradient_rows rows[SIDE];
     bool seen[SIDE][SIDE] = { { false } };
 
-    for (int64_t c = 0; c < u->J1 - u->J0; c++) keys[c] = keys_at(w, kh, u->J0 + c);
-    for (int64_t r = 0; r < u->I1 - u->I0; r++) rows[r] = rows_at(w, h, u->I0 + r);
+    for (int64_t c = 0; c < u->J1 - u->J0; c++) {
+        keys[c] = keys_at(w, kh, u->J0 + c);
+        if (opens && kh && !w->shared) pack_columns(w, kh, u->J0 + c);
+    }
+    for (int64_t r = 0; r < u->I1 - u->I0; r++) {
+        rows[r] = rows_at(w, h, u->I0 + r);
+        if (u->first_columns && h && !w->shared) pack_rows(w, h, u->I0 + r);
+    }
     for (int64_t c = 0; c < u->J1 - u->J0; c++)
         for (int64_t r = u->I1 - u->I0; r-- > 0;) {
             const int64_t I = u->I0 + r, J = u->J0 + c;
@@ -243,6 +324,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
                 of[n++] = &rows[r];
             }
         if (n) key_gradients(&w->room, n, t, of, &keys[c], opens);
+        if (closes && c < u->J1 - u->J0) store_keys(w, kh, u->J0 + c);
     }
     for (int r = 0; r < SIDE; r++) {
         const gradient_tile *t[SIDE];
@@ -253,27 +335,11 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
                 t[n] = &tiles[r][c];
                 of[n++] = &keys[c];
             }
-        if (n) query_gradients(&w->room, n, t, of, rows[r].dq, u->first_columns);
+        if (!n) continue;
+        query_gradients(&w->room, n, t, of, rows[r].dq, u->first_columns);
+        const bool last_columns = least(a->i0 + (u->I0 + r + 1) * TILE, a->i1) <= u->J1 * TILE;
+        if (last_columns && !w->shared) store_dq(w, h, u->I0 + r, 1);
     }
-}
-
-/* dK (times 1 / sqrt(dh)) and dV of a pair of column tiles. */
-static void store_keys(const backward_job *w, int64_t J0)
-{
-    const sel_attention *a = w->a;
-    const int64_t dh = a->dh;
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)dh)));
-
-    for (int64_t j = J0 * TILE; j < a->i1 && j < (J0 + SIDE) * TILE; j++)
-        for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-            const gradient_keys from = keys_at(w, kh, j / TILE);
-            float *const dk = w->g->dk + w->b * w->g->dk_seq + j * w->g->dk_row + kh * dh;
-            float *const dv = w->g->dv + w->b * w->g->dv_seq + j * w->g->dv_row + kh * dh;
-            for (int64_t d = 0; d < dh; d += V16) {
-                _mm512_storeu_ps(dk + d, _mm512_mul_ps(_mm512_loadu_ps(from.dk + j % TILE * dh + d), scale));
-                _mm512_storeu_ps(dv + d, _mm512_loadu_ps(from.dv + j % TILE * dh + d));
-            }
-        }
 }
 
 /* A pair of column tiles: their dK and dV, their part of every row's dQ; first: this thread's first pair. */
@@ -287,17 +353,24 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
     for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < J1 * TILE; j++)
         dcarry[j / TILE - J0][j % TILE] = w->g->dcarry_in[w->b * a->carry_seq + j];
 
+    const int64_t lowest = J0 * TILE > a->i0 ? (J0 * TILE - a->i0) / TILE : 0;   /* the first row tile that sees them */
     for (int64_t group = p->groups - 1; group >= 0; group--) {
-        const int64_t G0 = group * p->group, G1 = G0 + p->group < p->tiles ? G0 + p->group : p->tiles;
+        const int64_t G0 = group * p->group, G1 = least(G0 + p->group, p->tiles);
         square_of_tiles u = { .J0 = J0, .J1 = J1, .group = G0, .first_columns = first };
-        if (a->i0 + G1 * TILE <= J0 * TILE) continue;      /* all rows lie before these keys */
+        if (G1 <= lowest) break;
+        if (!w->shared) {   /* head 0 comes last, but its logits come first */
+            for (int64_t J = J0; J < J1 && G1 == p->tiles; J++) pack_columns(w, 0, J);
+            for (int64_t I = G0; I < G1 && first; I++) pack_rows(w, 0, I);
+        }
         if (a->selective) rebuild_selection(w, &u, G1);
-        for (u.I1 = G1; u.I1 > G0; u.I1 = u.I0) {
+        for (u.I1 = G1; u.I1 > G0 && u.I1 > lowest; u.I1 = u.I0) {
             u.I0 = (u.I1 - 1) / SIDE * SIDE > G0 ? (u.I1 - 1) / SIDE * SIDE : G0;
             u.first_rows = u.I1 == p->tiles;
+            u.last_rows = u.I0 <= lowest;
             square_of_tiles below = u;
             below.I1 = u.I0;
             below.I0 = u.I0 > SIDE ? u.I0 - SIDE : 0;
+            below.first_rows = false;
             if (a->selective) memset(w->scratch + p->g, 0, SIDE * SIDE * TILE * TILE * sizeof(float));
             /* Head 0 last: its dF needs the other heads'. */
             for (int64_t n = 1; n <= a->heads; n++) {
@@ -306,42 +379,8 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
             }
         }
     }
-    store_keys(w, J0);
     for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < J1 * TILE; j++)
         w->g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j / TILE - J0][j % TILE];
-}
-
-/* dq of row tile I: the sums of the threads that have one, in thread order, turned back to rows.  A thread has none
-   where its first pair of column tiles lies after the rows. */
-static void store_dq(const backward_job *w, int64_t I, int threads)
-{
-    const sel_attention *a = w->a;
-    const words_plan *p = w->p;
-    const int64_t dh = a->dh, end = a->i0 + I * TILE + TILE < a->i1 ? a->i0 + I * TILE + TILE : a->i1;
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)dh)));
-    const int rows = (int)(end - a->i0 - I * TILE);
-    int summed = 1;
-
-    while (summed < threads && summed * SIDE * TILE < end) summed++;
-    for (int64_t h = 0; h < a->heads; h++) {
-        const float *const sum = rows_at(w, h, I).dq;
-        float *const dq = w->g->dq + w->b * w->g->dq_seq + I * TILE * w->g->dq_row + h * dh;
-        for (int i0 = 0; i0 < rows; i0 += V16)
-            for (int64_t d = 0; d < dh; d += V16) {
-                __m512i x[16];
-                #pragma GCC unroll 16
-                for (int k = 0; k < 16; k++) {
-                    const float *at = sum + (d + k) * TILE + i0;
-                    __m512 y = _mm512_loadu_ps(at);
-                    for (int n = 1; n < summed; n++) y = _mm512_add_ps(y, _mm512_loadu_ps(at += p->thread_size));
-                    x[k] = _mm512_castps_si512(_mm512_mul_ps(y, scale));
-                }
-                transpose_registers(x);
-                #pragma GCC unroll 16
-                for (int i = 0; i < 16; i++)
-                    if (i0 + i < rows) _mm512_storeu_si512(dq + (i0 + i) * w->g->dq_row + d, x[i]);
-            }
-    }
 }
 
 static backward_job new_backward_job(const sel_attention *a, const sel_attention_grad *g, const words_plan *p,
@@ -361,10 +400,7 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
-        for (int64_t J = 0; J < p.columns; J++) pack_columns(&w, J);
-        for (int64_t I = 0; I < p.tiles; I++) pack_rows(&w, I);
         for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J, J == 0);
-        for (int64_t I = 0; I < p.tiles; I++) store_dq(&w, I, 1);
     }
     for (int64_t b = whole; b < a->B; b++) {
         #pragma omp parallel num_threads(a->threads)
@@ -372,18 +408,22 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
             const int thread = omp_get_thread_num(), threads = a->threads;
             const backward_job zero = new_backward_job(a, g, &p, b, 0, 0);
             backward_job w = new_backward_job(a, g, &p, b, thread, 0);
-            #pragma omp for schedule(static)
-            for (int64_t J = 0; J < p.columns; J++) pack_columns(&w, J);
-            #pragma omp for schedule(static)
-            for (int64_t I = 0; I < p.tiles; I++) pack_rows(&w, I);
+            w.shared = true;
+            #pragma omp for collapse(2) schedule(static) nowait
+            for (int64_t J = 0; J < p.columns; J++)
+                for (int64_t kh = 0; kh < a->kv_heads; kh++) pack_columns(&w, kh, J);
+            #pragma omp for collapse(2) schedule(static)
+            for (int64_t I = 0; I < p.tiles; I++)
+                for (int64_t h = 0; h < a->heads; h++) pack_rows(&w, h, I);
             /* Pairs of columns dealt 0 .. T-1, T-1 .. 0: early ones are long, late ones short. */
             for (int64_t J = 0; J < p.columns; J += SIDE) {
                 const int64_t k = J / SIDE % (2 * threads);
                 if (k == thread || k == 2 * threads - 1 - thread) backward_columns(&w, J, J / SIDE == thread);
             }
             #pragma omp barrier
-            #pragma omp for schedule(static)
-            for (int64_t I = 0; I < p.tiles; I++) store_dq(&zero, I, threads);
+            #pragma omp for collapse(2) schedule(static)
+            for (int64_t I = 0; I < p.tiles; I++)
+                for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, threads);
         }
     }
 }
