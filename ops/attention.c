@@ -126,9 +126,9 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.l0 = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
         p.f = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
         p.g = take(&end, SIDE * SIDE * square);
-        p.pi = take(&end, square);
-        p.zi = take(&end, square);
-        p.zk = take(&end, square);
+        p.pi = take(&end, SIDE * SIDE * square);
+        p.zi = take(&end, SIDE * SIDE * square);
+        p.zk = take(&end, SIDE * SIDE * square);
         p.raw = take(&end, square);
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
@@ -144,19 +144,23 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     p.thread_size = end;
     end *= a->threads;
 
-    /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
-    p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
-    p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
     if (!backward) {
+        /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
+        p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+        p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
-        p.k_pairs = take(&pack, p.columns * TILE * kv / 2);
-        p.qt_all = take(&pack, p.tiles * H * dh * TILE);
-        p.dot_all = take(&pack, p.tiles * H * dh * TILE);
+        const int64_t pair = a->bfloat16 ? 2 : 1, keys = p.columns * TILE * kv / pair,
+                      queries = p.tiles * TILE * H * dh / pair;
+        p.k = take(&pack, keys);
+        p.v = take(&pack, keys);
+        p.k_pairs = take(&pack, a->bfloat16 ? keys : 0);
+        p.qt_all = take(&pack, queries);
+        p.dot_all = take(&pack, queries);
+        p.q_rows = take(&pack, queries);
+        p.dout_rows = take(&pack, queries);
         p.lse_all = take(&pack, p.tiles * H * TILE);
         p.delta_all = take(&pack, p.tiles * H * TILE);
-        p.q_rows = take(&pack, p.tiles * TILE * H * dh / 2);
-        p.dout_rows = take(&pack, p.tiles * TILE * H * dh / 2);
     }
     p.pack0 = end;
     p.pack_size = pack;
