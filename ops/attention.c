@@ -136,9 +136,9 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     }
     if (a->dead_after) {
         p.list = take(&end, a->i1 + LANES);
-        p.kt = take(&end, TILE * dh);
-        p.vt = take(&end, TILE * dh);
-        p.pt = take(&end, TILE * dh);
+        p.kt = take(&end, SIDE * TILE * dh);
+        p.vt = take(&end, SIDE * TILE * dh);
+        p.pt = take(&end, SIDE * TILE * dh);
         p.dcarry = take(&pack, a->i1);
     }
     p.thread_size = end;

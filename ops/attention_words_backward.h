@@ -142,9 +142,17 @@ static void store_keys(const backward_job *w, int64_t kh, int64_t J)
         }
 }
 
-/* dq of row tile I: the sums of the threads that have one, in thread order, turned back to rows.  A thread has none
-   where its first pair of column tiles lies after the rows. */
-static void store_dq(const backward_job *w, int64_t h, int64_t I, int threads)
+/* Threads that have a part of row tile I's dQ: those whose first pair of column tiles does not lie after it. */
+static int sharers(const backward_job *w, int64_t I)
+{
+    const int64_t end = least(w->a->i0 + I * TILE + TILE, w->a->i1);
+    int n = 1;
+    while (n < w->a->threads && n * SIDE * TILE < end) n++;
+    return n;
+}
+
+/* dq of row tile I: the sums of the first `summed` threads, in thread order, turned back to rows. */
+static void store_dq(const backward_job *w, int64_t h, int64_t I, int summed)
 {
     const sel_attention *a = w->a;
     const int64_t dh = a->dh, row = w->g->dq_row, end = least(a->i0 + I * TILE + TILE, a->i1);
@@ -152,9 +160,7 @@ static void store_dq(const backward_job *w, int64_t h, int64_t I, int threads)
     const int rows = (int)(end - a->i0 - I * TILE);
     const float *const sum = rows_at(w, h, I).dq;
     float *const dq = w->g->dq + row_place(w, w->g->dq_seq, row, h, I);
-    int summed = 1;
 
-    while (summed < threads && summed * SIDE * TILE < end) summed++;
     for (int i0 = 0; i0 < rows; i0 += V16)
         for (int64_t d = 0; d < dh; d += V16) {
             __m512i x[16];
@@ -185,10 +191,10 @@ static bool make_tile(const backward_job *w, int64_t I, int64_t J, gradient_tile
     return I < p->tiles && J < p->columns && row0 + rows > col0;
 }
 
-/* The memory loss's own part of dF in the arg-max row (G = -dF; NF = -F, raw). */
-static void add_memory(const backward_job *w, const gradient_tile *t, const float *NF, float *G)
+/* The memory loss's own part of dF in the arg-max row, of rows from position row0 on (G = -dF; NF = -F, raw). */
+static void add_memory(const backward_job *w, const gradient_tile *t, int64_t row0, const float *NF, float *G)
 {
-    const int64_t i = w->a->m_row[w->b] - (t->col0 + t->view.off);
+    const int64_t i = w->a->m_row[w->b] - row0;
     if (i < 0 || i >= t->rows) return;
     for (int j = 0; j < t->cols && j <= i + t->view.off; j++)
         if (-(double)NF[j * TILE + i] < w->a->tau * sqrt((double)w->a->dh)) G[j * TILE + i] += w->g->memory_coef;
@@ -310,7 +316,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
             tile_gradients(&w->room, t, &keys[c], &rows[r], first ? L0 : NULL, a->selective ? NF : NULL,
                            a->selective ? G : NULL, first ? Z0 : NULL);
             if (first) {
-                if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, t, NF, G);
+                if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, t, a->i0 + I * TILE, NF, G);
                 selection_words(a, t, L0, G, Z0, dcarry[c]);
             }
         }
@@ -423,7 +429,7 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
             #pragma omp barrier
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)
-                for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, threads);
+                for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, sharers(&zero, I));
         }
     }
 }

@@ -229,7 +229,7 @@ static void forward_sequence_live(forward_job *w)
         if (w->a->saved) memcpy(group_carry(w, g), carry, (size_t)w->a->i1 * sizeof *carry);
         forward_group_live(w, g, carry);
     }
-    end_carry(w, carry, 0, w->a->i1);
+    end_carry(w, carry);
     store_memory(w);
     if (w->a->live) w->a->live[w->b] = w->live;
 }
@@ -248,7 +248,7 @@ static void carry_column_live(const forward_job *w, int64_t J)
     for (int64_t j = j0; j < j1; j++) keys[j - j0] = (int32_t)j;
     const key_tile o = gather_forward(w, 0, keys, (int)(j1 - j0));
     start_carry(w, carry, j0, j1);
-    for (int64_t I = 0; I < p->tiles; I++) {
+    for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
         const row_tile t = row_tile_of(w, I);
         const int64_t off = t.row0 - j0;
         const tile_view view = view_of(off, 0, t.rows);
@@ -257,7 +257,7 @@ static void carry_column_live(const forward_job *w, int64_t J)
         int64_t alive = 0;
 
         if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
-        if (off + t.rows - 1 < 0) continue;
+        if (off + t.rows - 1 < 0 || I == (p->groups - 1) * p->group) continue;
         for (int64_t j = j0; j < j1; j++) {
             here[j - j0] = carry[j];
             alive += !(began[j] > limit);
@@ -269,7 +269,6 @@ static void carry_column_live(const forward_job *w, int64_t J)
         for (int64_t j = j0; j < j1; j++)
             if (!(began[j] > limit)) carry[j] = here[j - j0];
     }
-    end_carry(w, carry, j0, j1);
 }
 
 /* One sequence by all threads. */
@@ -292,6 +291,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
             const int64_t g = p->groups - 1 - k;
             memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             forward_group_live(&w, g, carry);
+            if (g == p->groups - 1) end_carry(&w, carry);
         }
         #pragma omp critical(attention_memory)
         {
@@ -326,37 +326,40 @@ static void forward_live(const sel_attention *a)
     }
 }
 
-/* Backward: a tile of listed keys. */
-static tile live_tile(const backward_job *w, const live_keys *live, int64_t I, int64_t col0)
+/* ---- backward ---- */
+
+/* Tile c of the list, and row tile I; the operands' place is the `side`-th. */
+static gradient_tile live_tile(const backward_job *w, const live_keys *live, int64_t I, int64_t c, int side)
 {
     const sel_attention *a = w->a;
-    const int64_t row0 = a->i0 + I * TILE, before = live->old + row0 - live->row0;
-    tile t = { .I = I, .col0 = col0, .off = before - col0 };
-    t.rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE);
-    t.cols = (int)(before + t.rows - col0 < TILE ? before + t.rows - col0 : TILE);
-    t.lanes = t.rows > 32 ? 64 : 32;
-    return t;
+    const words_plan *p = w->p;
+    const int64_t row0 = a->i0 + I * TILE, before = live->old + row0 - live->row0, col0 = c * TILE,
+                  at = side * TILE * TILE;
+    const int rows = (int)least(a->i1 - row0, TILE), cols = (int)least(before + rows - col0, TILE);
+    return new_gradient_tile(before - col0, col0, rows, cols, (word *)(w->scratch + p->pi) + at,
+                             (word *)(w->scratch + p->zi) + at, (word *)(w->scratch + p->zk) + at);
 }
 
-static key_operands gather_backward(const backward_job *w, int64_t kh, const int32_t *keys, int cols)
+static gradient_keys gather_backward(const backward_job *w, int64_t kh, const int32_t *keys, int cols, int side)
 {
     const sel_attention *a = w->a;
-    const int64_t dh = a->dh;
-    word *const k = (word *)(w->scratch + w->p->kt), *const v = (word *)(w->scratch + w->p->vt);
-    key_operands o = { .k = k, .v = v, .k_pairs = k, .k_row = dh / PAIR, .v_row = dh / PAIR, .pair_row = dh };
+    const words_plan *p = w->p;
+    const int64_t dh = a->dh, at = side * TILE * dh;
+    word *const k = (word *)(w->scratch + p->kt) + at, *const v = (word *)(w->scratch + p->vt) + at;
+    gradient_keys o = { .k = k, .v = v, .pairs = k, .dk = w->scratch + p->dk + at, .dv = w->scratch + p->dv + at };
     int64_t stride;
-    const word *rows = key_rows(a, w->b, w->pack, w->p->k, kh, &stride);
+    const word *rows = key_rows(a, w->b, w->pack, p->k, kh, &stride);
     gather_rows(k, rows, stride, dh / PAIR, keys, cols);
 #if WORD_BF16
-    gather_pairs((word *)(w->scratch + w->p->pt), rows, stride, dh, keys, cols);
-    o.k_pairs = (const word *)(w->scratch + w->p->pt);
+    gather_pairs((word *)(w->scratch + p->pt) + at, rows, stride, dh, keys, cols);
+    o.pairs = (const word *)(w->scratch + p->pt) + at;
 #endif
-    rows = value_rows(a, w->b, w->pack, w->p->v, kh, &stride);
+    rows = value_rows(a, w->b, w->pack, p->v, kh, &stride);
     gather_rows(v, rows, stride, dh / PAIR, keys, cols);
     return o;
 }
 
-/* rows keys[j] of `to` += scale * from [cols][n] */
+/* Rows keys[j] of `to` += scale * from [cols][n] */
 static void scatter_add(float *to, int64_t stride, const float *from, int64_t n, float scale, const int32_t *keys,
                         int cols)
 {
@@ -368,91 +371,131 @@ static void scatter_add(float *to, int64_t stride, const float *from, int64_t n,
     }
 }
 
-/* One head over one row tile and up to LIVE_SIDE tiles of listed keys from c0 on, `step` tiles apart. */
-static void live_head(const backward_job *w, const live_keys *live, int64_t group, int64_t I, int64_t h, int64_t c0,
-                      int64_t step, int64_t count, float *dcarry)
+/* Some tiles of a group's list that a thread takes together: tiles first, first + step, ..., `count` of them. */
+typedef struct {
+    const live_keys *live;
+    int64_t group, first, step, count;
+    bool opens;                   /* the thread's first ones: rows are packed, dQ starts */
+    float *dcarry;                /* [i1], of the sequence */
+} live_tiles;
+
+/* One head over one row tile and those tiles. */
+static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h)
 {
     const sel_attention *a = w->a;
+    const sel_attention_grad *g = w->g;
     const words_plan *p = w->p;
-    const int64_t square = TILE * TILE, dh = a->dh, kh = h * a->kv_heads / a->heads, I0 = group * p->group;
-    const bool first = h == 0;
-    float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const Z0 = w->scratch + p->raw;
+    const int64_t square = TILE * TILE, dh = a->dh, kh = h * a->kv_heads / a->heads, I0 = u->group * p->group;
+    const gradient_rows rows = rows_at(w, h, I), *const of_rows = &rows;
+    float *const Z0 = w->scratch + p->raw;
 
-    for (int64_t c = 0; c < count; c++) {
-        const tile t = live_tile(w, live, I, (c0 + c * step) * TILE);
-        if (t.cols <= 0) continue;
-        const int32_t *const keys = live->keys + t.col0;
-        const key_operands o = gather_backward(w, kh, keys, t.cols);
-        const float *const L0 = w->scratch + p->l0 + (c * p->group + I - I0) * square;
-        const float *const NF = w->scratch + p->f + (c * p->group + I - I0) * square;
-        float *const G = w->scratch + p->g + c * square;
+    if (u->opens && h && !w->shared) pack_rows(w, h, I);
+    for (int64_t c0 = 0; c0 < u->count; c0 += SIDE) {
+        gradient_tile tiles[SIDE];
+        gradient_keys keys[SIDE];
+        const gradient_tile *t[SIDE];
+        const gradient_keys *of[SIDE];
+        int n = 0;
 
-        tile_gradients(w, &t, h, &o, first ? L0 : NULL, NF, G, first ? Z0 : NULL);
-        if (first) {
-            float here[TILE];
-            for (int j = 0; j < t.cols; j++) here[j] = dcarry[keys[j]];
-            if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, &t, NF, G);
-            selection_words(w, &t, L0, G, Z0, here);
-            for (int j = 0; j < t.cols; j++) dcarry[keys[j]] = here[j];
+        for (int64_t c = c0; c < c0 + SIDE && c < u->count; c++) {
+            tiles[n] = live_tile(w, u->live, I, u->first + c * u->step, n);
+            if (tiles[n].cols <= 0) continue;
+            const int32_t *const list = u->live->keys + tiles[n].col0;
+            const int64_t at = (c * p->group + I - I0) * square;
+            const float *const L0 = w->scratch + p->l0 + at, *const NF = w->scratch + p->f + at;
+            float *const G = w->scratch + p->g + c * square;
+
+            keys[n] = gather_backward(w, kh, list, tiles[n].cols, n);
+            tile_gradients(&w->room, &tiles[n], &keys[n], &rows, h ? NULL : L0, NF, G, h ? NULL : Z0);
+            if (h == 0) {
+                float here[TILE];
+                for (int j = 0; j < tiles[n].cols; j++) here[j] = u->dcarry[list[j]];
+                if (a->tau > 0.0 && g->memory_coef != 0.0f) add_memory(w, &tiles[n], a->i0 + I * TILE, NF, G);
+                selection_words(a, &tiles[n], L0, G, Z0, here);
+                for (int j = 0; j < tiles[n].cols; j++) u->dcarry[list[j]] = here[j];
+            }
+            t[n] = &tiles[n];
+            of[n] = &keys[n];
+            key_gradients(&w->room, 1, &t[n], &of_rows, &keys[n], true);
+            scatter_add(g->dk + w->b * g->dk_seq + kh * dh, g->dk_row, keys[n].dk, dh, (float)(1.0 / sqrt((double)dh)),
+                        list, tiles[n].cols);
+            scatter_add(g->dv + w->b * g->dv_seq + kh * dh, g->dv_row, keys[n].dv, dh, 1.0f, list, tiles[n].cols);
+            n++;
         }
-        memset(dK, 0, (size_t)(TILE * dh) * sizeof *dK);
-        memset(dV, 0, (size_t)(TILE * dh) * sizeof *dV);
-        tile_products(w, &t, h, &o, dK, dV);
-        scatter_add(w->g->dk + w->b * w->g->dk_seq + kh * dh, w->g->dk_row, dK, dh, (float)(1.0 / sqrt((double)dh)), keys,
-                    t.cols);
-        scatter_add(w->g->dv + w->b * w->g->dv_seq + kh * dh, w->g->dv_row, dV, dh, 1.0f, keys, t.cols);
+        if (n) query_gradients(&w->room, n, t, of, rows.dq, u->opens && c0 == 0);
     }
 }
 
-/* Head 0's logits and -F of a tile of listed keys in all row tiles of a group, upwards from the saved carry. */
-static void rebuild_live(const backward_job *w, const live_keys *live, int64_t group, int64_t col0, int64_t c)
+/* Head 0's logits and -F of the c-th of some tiles in all row tiles of a group, upwards from the saved carry. */
+static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t square = TILE * TILE, kw = a->dh / PAIR, I0 = group * p->group;
-    const int64_t I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
-    const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + group) * a->i1;
-    const int32_t *const keys = live->keys + col0;
-    const int most = live_tile(w, live, I1 - 1, col0).cols;
+    const int64_t kw = a->dh / PAIR, I0 = u->group * p->group, I1 = least(I0 + p->group, p->tiles),
+                  tile = u->first + c * u->step;
+    const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + u->group) * a->i1;
+    const int32_t *const keys = u->live->keys + tile * TILE;
+    const int most = live_tile(w, u->live, I1 - 1, tile, 0).cols;
     float carry[TILE];
     int64_t stride;
     word *const k = (word *)(w->scratch + p->kt);
-
     const word *const rows = key_rows(a, w->b, w->pack, p->k, 0, &stride);
+
     gather_rows(k, rows, stride, kw, keys, most);
     for (int j = 0; j < most; j++) carry[j] = saved[keys[j]];
     for (int64_t I = I0; I < I1; I++) {
-        const tile t = live_tile(w, live, I, col0);
+        const gradient_tile t = live_tile(w, u->live, I, tile, 0);
+        const int64_t at = (c * p->group + I - I0) * TILE * TILE;
+        float *const L0 = w->scratch + p->l0 + at;
         if (t.cols <= 0) continue;
-        float *const L0 = w->scratch + p->l0 + (c * p->group + I - I0) * square;
-        float *const NF = w->scratch + p->f + (c * p->group + I - I0) * square;
-        for (int v0 = 0; v0 < t.lanes; v0 += 32)
-            product_32(seen_blocks(v0, t.off) * 8, kw, k, kw, 1,
-                       (const word *)(w->pack + p->qt_all) + I * a->heads * kw * TILE + v0, TILE, L0 + v0, TILE, true);
-        select_words(a, L0, NF, carry, t.rows, t.cols, t.lanes, t.col0, t.off);
+        for (int v0 = 0; v0 < t.view.lanes; v0 += 32)
+            product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, rows_at(w, 0, I).qt + v0, TILE, L0 + v0, TILE,
+                       true);
+        select_words(a, L0, w->scratch + p->f + at, carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
     }
 }
 
-/* The tiles of a group's list that this thread takes (every threads-th), some at a time. */
-static void backward_group_live(const backward_job *w, int64_t group, int thread, int threads, float *dcarry)
+/* The tiles of a group's list that this thread takes, every threads-th, some at a time. */
+static void backward_group_live(backward_job *w, int64_t group, int thread, int threads, float *dcarry)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t I0 = group * p->group, I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
-    const int64_t row0 = a->i0 + I0 * TILE, end = a->i0 + I1 * TILE, row1 = end < a->i1 ? end : a->i1;
+    const int64_t I0 = group * p->group, I1 = least(I0 + p->group, p->tiles), row0 = a->i0 + I0 * TILE,
+                  row1 = least(a->i0 + I1 * TILE, a->i1), head = TILE * a->dh;
     const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + group) * a->i1;
     const live_keys live = list_live((int32_t *)(void *)(w->scratch + p->list), saved, dead_limit(a, w->b), row0, row1);
-    const int64_t tiles = (live.old + row1 - row0 + TILE - 1) / TILE, at_once = p->live_tiles;
+    const int64_t tiles = (live.old + row1 - row0 + TILE - 1) / TILE;
 
-    for (int64_t c0 = thread; c0 < tiles; c0 += at_once * threads) {
-        const int64_t left = (tiles - c0 + threads - 1) / threads, count = left < at_once ? left : at_once;
-        for (int64_t c = 0; c < count; c++) rebuild_live(w, &live, group, (c0 + c * threads) * TILE, c);
+    for (int64_t I = I0; I < I1; I++) {
+        if (!w->shared) pack_rows(w, 0, I);
+        /* A row tile may see none of the tiles that come first, or this thread's. */
+        if (w->shared || p->group > 1) memset(rows_at(w, 0, I).dq, 0, (size_t)(a->heads * head) * sizeof(float));
+    }
+    for (int64_t first = thread; first < tiles; first += p->live_tiles * threads) {
+        const int64_t left = (tiles - first + threads - 1) / threads;
+        const live_tiles u = { .live = &live, .group = group, .first = first, .step = threads,
+                               .count = least(left, p->live_tiles), .opens = first == thread, .dcarry = dcarry };
+        for (int64_t c = 0; c < u.count; c++) rebuild_live(w, &u, c);
         for (int64_t I = I1 - 1; I >= I0; I--) {
-            memset(w->scratch + p->g, 0, (size_t)(count * TILE * TILE) * sizeof(float));
-            for (int64_t n = 1; n <= a->heads; n++)   /* head 0 last: its dF needs the other heads' */
-                live_head(w, &live, group, I, n % a->heads, c0, threads, count, dcarry);
+            memset(w->scratch + p->g, 0, (size_t)(u.count * TILE * TILE) * sizeof(float));
+            for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
+                const int64_t h = n % a->heads, next = (n + 1) % a->heads;
+                w->room.next.n = 0;
+                if (u.opens && next && !w->shared) {
+                    const int64_t real = least(p->rows - I * TILE, TILE);
+                    fetch_rows(&w->room.next, a->out + row_place(w, a->out_seq, a->out_row, next, I), a->out_row * 4,
+                               real, a->dh * 4);
+                    fetch_rows(&w->room.next, w->g->dout + row_place(w, a->out_seq, a->out_row, next, I),
+                               a->out_row * 4, real, a->dh * 4);
+                    fetch_rows(&w->room.next, a->q + row_place(w, a->q_seq, a->q_row, next, I), a->q_row * 4, real,
+                               a->dh * 4);
+                }
+                live_head(w, &u, I, h);
+            }
         }
     }
+    for (int64_t I = I0; I < I1 && !w->shared; I++)
+        for (int64_t h = 0; h < a->heads; h++) store_dq(w, h, I, 1);
 }
 
 static void clear_rows(float *x, int64_t row, int64_t n, int64_t j0, int64_t j1)
@@ -460,45 +503,57 @@ static void clear_rows(float *x, int64_t row, int64_t n, int64_t j0, int64_t j1)
     for (int64_t j = j0; j < j1; j++) memset(x + j * row, 0, (size_t)n * sizeof *x);
 }
 
+/* Backward of a sequence: whole by one thread (threads 1), or one of several threads that share it. */
+static void backward_sequence_live(backward_job *w, int thread, int threads)
+{
+    const sel_attention *a = w->a;
+    const sel_attention_grad *g = w->g;
+    const words_plan *p = w->p;
+    const int64_t width = a->kv_heads * a->dh;
+    float *const dcarry = w->pack + p->dcarry;
+
+    w->shared = threads > 1;
+    for (int64_t J = thread; J < p->columns; J += threads) {
+        const int64_t j0 = J * TILE, j1 = least(j0 + TILE, a->i1);
+        pack_live(a, p, w->b, w->pack, j0, j1);
+        clear_rows(g->dk + w->b * g->dk_seq, g->dk_row, width, j0, j1);
+        clear_rows(g->dv + w->b * g->dv_seq, g->dv_row, width, j0, j1);
+        for (int64_t j = j0; j < j1; j++) dcarry[j] = g->dcarry_in ? g->dcarry_in[w->b * a->carry_seq + j] : 0.0f;
+    }
+    for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
+        for (int64_t h = 0; h < a->heads; h++) pack_rows(w, h, I);
+    for (int64_t group = p->groups - 1; group >= 0; group--) {
+        if (w->shared) {
+            #pragma omp barrier
+        }
+        backward_group_live(w, group, thread, threads, dcarry);
+    }
+    if (w->shared) {
+        #pragma omp barrier
+        const backward_job zero = new_backward_job(a, g, p, w->b, 0, 0);
+        for (int64_t I = thread; I < p->tiles; I += threads)
+            for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, threads);
+    }
+    for (int64_t j = thread; g->dcarry_out && j < a->i1; j += threads)
+        g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j];
+}
+
 static void backward_live(const sel_attention *a, const sel_attention_grad *g)
 {
     const words_plan p = sel_attention_words_plan(a, true);
-    const int64_t width = a->kv_heads * a->dh;
+    const int64_t whole = attention_whole(a);
 
-    for (int64_t b = 0; b < a->B;) {
-        const bool whole = b < attention_whole(a);
+    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    for (int64_t b = 0; b < whole; b++) {
+        backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
+        backward_sequence_live(&w, 0, 1);
+    }
+    for (int64_t b = whole; b < a->B; b++) {
         #pragma omp parallel num_threads(a->threads)
         {
-            /* Whole sequences: one a thread; otherwise all threads on one. */
-            const int me = omp_get_thread_num(), thread = whole ? 0 : me, threads = whole ? 1 : a->threads;
-            const backward_job w = new_backward_job(a, g, &p, whole ? b + me : b, me, whole ? me : 0);
-            const backward_job zero = new_backward_job(a, g, &p, w.b, whole ? me : 0, whole ? me : 0);
-            float *const dcarry = w.pack + p.dcarry;
-
-            clear_dq(&w);
-            for (int64_t J = thread; J < p.columns; J += threads) {
-                const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
-                pack_live(a, &p, w.b, w.pack, j0, j1);
-                clear_rows(g->dk + w.b * g->dk_seq, g->dk_row, width, j0, j1);
-                clear_rows(g->dv + w.b * g->dv_seq, g->dv_row, width, j0, j1);
-                for (int64_t j = j0; j < j1; j++)
-                    dcarry[j] = g->dcarry_in ? g->dcarry_in[w.b * a->carry_seq + j] : 0.0f;
-            }
-            for (int64_t I = thread; I < p.tiles; I += threads) pack_rows(&w, I);
-            for (int64_t group = p.groups - 1; group >= 0; group--) {
-                if (!whole) {
-                    #pragma omp barrier
-                }
-                backward_group_live(&w, group, thread, threads, dcarry);
-            }
-            if (!whole) {
-                #pragma omp barrier
-            }
-            for (int64_t I = thread; I < p.tiles; I += threads) store_dq(&zero, I, threads);
-            for (int64_t j = thread; g->dcarry_out && j < a->i1; j += threads)
-                g->dcarry_out[w.b * a->carry_seq + j] = dcarry[j];
+            backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), 0);
+            backward_sequence_live(&w, omp_get_thread_num(), a->threads);
         }
-        b += whole ? a->threads : 1;
     }
 }
 
