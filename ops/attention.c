@@ -41,6 +41,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
 {
     attention_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE;
+    const bool bilinear = attention_bilinear(a);
     int64_t end = 0;
 
     p.rows = a->i1 - a->i0;
@@ -64,6 +65,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
             p.began = take(&end, a->dead_after ? a->i1 : 0);
             p.rowsum = take(&end, 2 * TILE);
         }
+        p.sel_qt = take(&end, bilinear ? dh * TILE : 0);
     } else {
         p.p = take(&end, square);
         p.dz = take(&end, square);
@@ -77,6 +79,9 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         p.kcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.vcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.dq = take(&end, p.tiles * TILE * H * p.dhp);
+        p.dsel_q = take(&end, bilinear ? p.tiles * TILE * p.dhp : 0);
+        p.dsel_k = take(&end, bilinear ? TILE * p.dhp : 0);
+        p.sel_kcopy = take(&end, bilinear && p.copied ? TILE * p.dhp : 0);
     }
     p.thread_size = end;
     end *= a->threads;
@@ -91,6 +96,8 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         p.delta_all = take(&pack, p.tiles * H * TILE);
         p.q_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
         p.dout_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
+        p.sel_qt_all = take(&pack, bilinear ? p.tiles * dh * TILE : 0);
+        p.sel_q_rows = take(&pack, bilinear && p.copied ? p.rows * p.dhp : 0);
         p.pack0 = end;
         p.pack_size = pack;
         end += pack * (a->B >= a->threads ? a->threads : 1);
@@ -170,7 +177,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
-    SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0));
+    SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0) && !a->sel_q == !a->sel_k);
     SEL_ASSERT(!a->dead_after || (a->selective && a->relu && a->window == 0));
     const int64_t portable = sel_attention_plan(a, backward).total;
     const int64_t words = attention_fits_words(a, backward) ? sel_attention_words_plan(a, backward).total : 0;

@@ -12,6 +12,19 @@ static float dot(const float *x, const float *y, int64_t n)
     return vsum(s);
 }
 
+/* S of a token on itself, at most. */
+static float own_selection(const sel_attention *a, int64_t b, int64_t i, float slack)
+{
+    const bool bilinear = a->selective && a->sel_q;
+    const float *const q = bilinear ? a->sel_q + b * a->sel_q_seq + (i - a->i0) * a->sel_q_row
+                                    : a->q + b * a->q_seq + (i - a->i0) * a->q_row;
+    const float *const k = bilinear ? a->sel_k + b * a->sel_k_seq + i * a->sel_k_row
+                                    : a->k + b * a->k_seq + i * a->k_row;
+    const float most = sqrtf(dot(q, q, a->dh) * dot(k, k, a->dh));
+    const float s = (dot(q, k, a->dh) + 2.0f * slack * most) / (float)sqrt((double)a->dh);
+    return s > 0.0f ? s : 0.0f;
+}
+
 /* The largest gap of head h of sequence b: |q| max |k| / sqrt(dh) bounds every logit of a row; its own token's and BOS's
    are there with F = 0 (the own token's F is its own S where neither shift nor protect_self is on). */
 static float head_gap(const sel_attention *a, int64_t b, int64_t h)
@@ -27,13 +40,10 @@ static float head_gap(const sel_attention *a, int64_t b, int64_t h)
     }
     longest = sqrtf(longest);
     for (int64_t i = a->i0; i < a->i1; i++) {
-        const float *const row = q + (i - a->i0) * a->q_row, *const own = row + h * dh;
+        const float *const own = q + (i - a->i0) * a->q_row + h * dh;
         const float bound = sqrtf(dot(own, own, dh)) * longest / root;
         float sure = dot(own, k + i * a->k_row, dh) / root;
-        if (!a->shift && !a->protect_self) {
-            const float s = dot(row, a->k + b * a->k_seq + i * a->k_row, dh) / root;
-            sure -= s > 0.0f ? s * (1.0f + slack) : 0.0f;
-        }
+        if (!a->shift && !a->protect_self) sure -= own_selection(a, b, i, slack);
         if (a->protect_bos) {
             const float bos = dot(own, k, dh) / root;
             if (bos > sure) sure = bos;

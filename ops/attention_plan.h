@@ -22,12 +22,12 @@ typedef struct {
     bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
-    int64_t qt, ot, ml, f, tile, carry, began, rowsum, krows, vrows;
+    int64_t qt, ot, ml, f, tile, carry, began, rowsum, krows, vrows, sel_qt;
     int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
     /* backward, in a thread's scratch */
-    int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq;
+    int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq, dsel_q, dsel_k, sel_kcopy;
     /* backward, packed sequences: set s at pack0 + s * pack_size; one a thread, or one for all */
-    int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows, sel_qt_all, sel_q_rows;
     int64_t total;
 } attention_plan;
 
@@ -56,11 +56,15 @@ enum {
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
-/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; windows in backward and
-   so, since each kernel reads only what it saved itself, where forward saves carries. */
+/* Does the selection have rows of its own, or is it made of head 0's? */
+static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
+
+/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; a selection with rows of
+   its own; windows in backward and so, since each kernel reads only what it saved itself, where forward saves carries. */
 static inline bool attention_fits_words(const sel_attention *a, bool backward)
 {
-    return a->dh % LANES == 0 && (a->window == 0 || (!backward && !(a->selective && a->saved)));
+    return a->dh % LANES == 0 && !attention_bilinear(a) &&
+           (a->window == 0 || (!backward && !(a->selective && a->saved)));
 }
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */

@@ -86,7 +86,7 @@ static void check_against_off(const problem *p, const sel_ops *ops, const outcom
 static void check_case(const sel_ref_attention *a, int s, double margin, int threads, const int64_t *cuts, int n,
                        uint64_t seed)
 {
-    problem p = problem_new(a, s, 1.0, seed);
+    problem p = problem_new(a, s, HEAD0, 1.0, seed);
     for (int l = 0; l < levels; l++) {
         dead_margin = margin;
         outcome o = run(&p, &tables[l], threads, n > 1 ? PACKED : APART, cuts, n);
@@ -122,7 +122,7 @@ static bool same(const float *x, const float *y, int64_t n) { return memcmp(x, y
 static void check_threads(void)
 {
     const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 1, .dh = 64, .N = 513, .tau = 1.0 };
-    problem p = problem_new(&a, 1, 1.0, 400);
+    problem p = problem_new(&a, 1, HEAD0, 1.0, 400);
     const int64_t whole[] = { 0, a.N };
     dead_margin = rounding(a.N);
     for (int l = 0; l < levels; l++) {
