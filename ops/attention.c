@@ -162,6 +162,6 @@ size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
     SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0));
     const int64_t portable = sel_attention_plan(a, backward).total;
-    const int64_t words = attention_fits_words(a) ? sel_attention_words_plan(a, backward).total : 0;
+    const int64_t words = attention_fits_words(a, backward) ? sel_attention_words_plan(a, backward).total : 0;
     return (size_t)(portable > words ? portable : words) * sizeof(float);
 }

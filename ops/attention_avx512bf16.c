@@ -10,13 +10,13 @@ static sel_attention_backward_fn *lower_backward;
 
 static void attention_forward(const sel_attention *a)
 {
-    if (a->bfloat16 && attention_fits_words(a)) forward_words(a);
+    if (a->bfloat16 && attention_fits_words(a, false)) forward_words(a);
     else lower_forward(a);
 }
 
 static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (a->bfloat16 && attention_fits_words(a)) backward_words(a, g);
+    if (a->bfloat16 && attention_fits_words(a, true)) backward_words(a, g);
     else lower_backward(a, g);
 }
 

@@ -51,8 +51,12 @@ enum { SIDE = 2 };
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
-/* What they do not cover goes to the portable kernel: windows, head widths that are no multiple of 16. */
-static inline bool attention_fits_words(const sel_attention *a) { return a->window == 0 && a->dh % LANES == 0; }
+/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; windows in backward and
+   so, since each kernel reads only what it saved itself, where forward saves carries. */
+static inline bool attention_fits_words(const sel_attention *a, bool backward)
+{
+    return a->dh % LANES == 0 && (a->window == 0 || (!backward && !(a->selective && a->saved)));
+}
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */
 static inline int64_t attention_whole(const sel_attention *a) { return a->B / a->threads * a->threads; }

@@ -23,7 +23,7 @@ INLINE void fetch_some(fetch_queue *q)
 {
     if (!q->n) return;
     const char *const at = q->list[q->n - 1].at;
-    for (int line = 0; line < CHUNK; line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
+    for (int line = 0; line < CHUNK; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
     q->list[q->n - 1].at += q->list[q->n - 1].stride;
     if (--q->list[q->n - 1].chunks == 0) q->n--;
 }
@@ -59,7 +59,19 @@ typedef struct {
     fetch_queue next;
 } tile_room;
 
-/* acc[r][v] += sum over words k in [0, K) of A[r am + k ak] * B[k TILE + 16 v ..] for v0 <= v < 2; K a multiple of 8 / PAIR. */
+/* P of two keys (a row of pairs, for bfloat16), 16 queries. */
+INLINE void store_pair(word *P, __m512 a, __m512 b)
+{
+#if WORD_BF16
+    _mm512_storeu_si512(P, weave_halves((__m512i)_mm512_cvtne2ps_pbh(b, a)));
+#else
+    _mm512_storeu_ps((float *)P, a);
+    _mm512_storeu_ps((float *)P + TILE, b);
+#endif
+}
+
+/* acc[r][v] += sum over words k in [0, K) of A[r am + k ak] * B[k TILE + 16 v ..] for v0 <= v < 2; K a multiple of
+   8 / PAIR. */
 INLINE void sum_words(const int v0, int64_t K, const word *A, int64_t am, int64_t ak, const word *B, fetch_queue *next,
                       __m512 acc[8][2])
 {
@@ -82,28 +94,13 @@ INLINE void hide_unseen(const int v0, __m512 x[8][2], const tile_view *view, int
 {
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
         for (int v = v0; v < 2; v++)
             x[r][v] = _mm512_mask_blend_ps(in_view(view, lane + v * V16, j0 + r), _mm512_set1_ps(HIDDEN), x[r][v]);
 }
 
-/* Eight columns of a block: x comes in as logits - F - m, leaves as words in P; sums [2] grow by their sums. */
-INLINE void exponentiate(const int v0, __m512 x[8][2], word *P, __m512 sums[2])
-{
-    #pragma GCC unroll 4
-    for (int r = 0; r < 8; r += 2)
-        for (int v = v0; v < 2; v++) {
-            const __m512 a = exp2_ps(x[r][v]), b = exp2_ps(x[r + 1][v]);
-            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(a, b));
-#if WORD_BF16
-            _mm512_storeu_si512(P + r / 2 * TILE + v * V16, weave_halves((__m512i)_mm512_cvtne2ps_pbh(b, a)));
-#else
-            _mm512_storeu_ps((float *)P + r * TILE + v * V16, a);
-            _mm512_storeu_ps((float *)P + (r + 1) * TILE + v * V16, b);
-#endif
-        }
-}
-
-/* P of 8 keys from j0 on for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them. */
+/* P of 8 keys from j0 on for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them.  sums [2] grow by its
+   sums. */
 INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const head_rows *rows,
                          const tile_view *view, const float *raw, const float *NF, int lane, int j0, bool start,
                          __m512 sums[2])
@@ -113,25 +110,35 @@ INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const
 
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
         for (int v = v0; v < 2; v++) {
             const int at = (j0 + r) * TILE + lane + v * V16;
             x[r][v] = NF ? _mm512_loadu_ps(NF + at) : _mm512_setzero_ps();
             if (raw) x[r][v] = _mm512_add_ps(x[r][v], _mm512_loadu_ps(raw + at));
         }
     if (!raw) sum_words(v0, t->dh / PAIR, keys->k + j0 * keys->k_row, keys->k_row, 1, rows->q + lane, &t->next, x);
-    if (lane + v0 * V16 + view->off < j0 + 7 || lane + 31 + view->low > j0)
-        hide_unseen(v0, x, view, lane, j0);
+    if (lane + v0 * V16 + view->off < j0 + 7 || lane + 31 + view->low > j0) hide_unseen(v0, x, view, lane, j0);
     if (start)
+        #pragma GCC unroll 2
         for (int v = v0; v < 2; v++) {
             __m512 top = x[0][v];
+            #pragma GCC unroll 8
             for (int r = 1; r < 8; r++) top = _mm512_max_ps(top, x[r][v]);
             _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_mul_ps(c, top));
         }
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
         for (int v = v0; v < 2; v++)
             x[r][v] = _mm512_fmsub_ps(x[r][v], c, _mm512_loadu_ps(rows->m + lane + v * V16));
-    exponentiate(v0, x, t->p + j0 / PAIR * TILE + lane, sums);
+    #pragma GCC unroll 4
+    for (int r = 0; r < 8; r += 2)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++) {
+            const __m512 p0 = exp2_ps(x[r][v]), p1 = exp2_ps(x[r + 1][v]);
+            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(p0, p1));
+            store_pair(t->p + (j0 + r) / PAIR * TILE + lane + v * V16, p0, p1);
+        }
 }
 
 /* O^T [dh][32] (+)= V^T P over the words [w0, w1) of P, for the upper 16 lanes over [w0, w2). */
@@ -185,13 +192,14 @@ static void redo_half(tile_room *t, const key_tile *keys, const head_rows *rows,
             float *const o = rows->o + d * TILE + lane + v * V16;
             _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink[v]));
         }
-    for (int jb = first; jb < end; jb++) {
-        __m512 x[8][2];
-        for (int r = 0; r < 8; r++)
-            for (int v = 0; v < 2; v++)
-                x[r][v] = _mm512_sub_ps(_mm512_loadu_ps(raw + (jb * 8 + r) * TILE + lane + v * V16), top[v]);
-        exponentiate(0, x, t->p + jb * 8 / PAIR * TILE + lane, sums);
-    }
+    for (int j = first * 8; j < end * 8; j += 2)
+        for (int v = 0; v < 2; v++) {
+            const float *const at = raw + j * TILE + lane + v * V16;
+            const __m512 x = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(at), top[v]));
+            const __m512 y = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(at + TILE), top[v]));
+            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(x, y));
+            store_pair(t->p + j / PAIR * TILE + lane + v * V16, x, y);
+        }
 }
 
 /* Softmax and output of one tile of one head.  raw: its logits [j][TILE] where they are known, else NULL; NF: -F in the
@@ -202,18 +210,19 @@ static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *row
     const __m512 bound = _mm512_set1_ps(0x1p30f);
 
     for (int lane = 0; lane < view->lanes; lane += 32) {
-        const int first = first_block(view, lane), low = end_block(view, lane), high = end_block(view, lane + V16);
-        const int end = low > high ? low : high, both = low > first ? low : first;
+        /* blocks: [first, both) by all lanes, [both, end) by the upper 16 */
+        const int first = first_block(view, lane), low = end_block(view, lane), both = low > first ? low : first;
+        const int high = end_block(view, lane + V16), end = high > both ? high : both;
         __m512 sums[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
         bool grown;
 
-        if (end <= first && !start) continue;
+        if (end == first && !start) continue;
         if (start)   /* lanes that see nothing here */
             for (int v = 0; v < 2; v++)
                 _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_set1_ps(HIDDEN * t->scale));
-        for (int jb = first; jb < low; jb++)
+        for (int jb = first; jb < both; jb++)
             logits_block(0, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
-        for (int jb = both; jb < high; jb++)
+        for (int jb = both; jb < end; jb++)
             logits_block(1, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
         grown = (_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0;
         if (grown) redo_half(t, keys, rows, view, NF, lane, first, end, start, sums);
@@ -221,8 +230,7 @@ static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *row
             float *const l = rows->l + lane + v * V16;
             _mm512_storeu_ps(l, start ? sums[v] : _mm512_add_ps(_mm512_loadu_ps(l), sums[v]));
         }
-        const int w0 = first * 8 / PAIR, w1 = both * 8 / PAIR, w2 = end * 8 / PAIR;
-        values_half(t, keys, rows->o, lane, w0, grown ? w2 : w1, w2, start);
+        values_half(t, keys, rows->o, lane, first * 8 / PAIR, (grown ? end : both) * 8 / PAIR, end * 8 / PAIR, start);
     }
 }
 
@@ -243,10 +251,16 @@ typedef struct {
 /* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
 static bool in_pack(const forward_job *w, int64_t J) { return WORD_BF16 || (J + 1) * TILE > w->a->i1; }
 
+/* Where in the packs of keys and of values a tile lies, in words. */
+static int64_t pack_place(const forward_job *w, int64_t kh, int64_t J)
+{
+    return (WORD_BF16 ? kh * w->p->columns + J : kh) * TILE * w->a->dh / PAIR;
+}
+
 static key_tile keys_of(const forward_job *w, int64_t kh, int64_t J)
 {
     const sel_attention *a = w->a;
-    const int64_t size = TILE * a->dh / PAIR, at = (WORD_BF16 ? kh * w->p->columns + J : kh) * size;
+    const int64_t at = pack_place(w, kh, J);
     if (in_pack(w, J))
         return (key_tile){ .k = (const word *)(w->pack + w->p->k) + at, .k_row = a->dh / PAIR,
                            .v = (const word *)(w->pack + w->p->v) + at, .v_row = a->dh };
@@ -255,30 +269,30 @@ static key_tile keys_of(const forward_job *w, int64_t kh, int64_t J)
                        .k_row = a->k_row, .v_row = a->v_row };
 }
 
-static void pack_keys(const forward_job *w, int64_t kh, int64_t J)
+/* Packs column tile J of the kv-heads [kh0, kh1), row by row: they lie side by side in memory. */
+static void pack_keys(const forward_job *w, int64_t kh0, int64_t kh1, int64_t J)
 {
     const sel_attention *a = w->a;
     const int64_t n = a->dh, j0 = J * TILE;
-    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row + kh * n;
-    const float *const v = a->v + w->b * a->v_seq + j0 * a->v_row + kh * n;
+    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
     const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
-    const key_tile tile = keys_of(w, kh, J);
-    word *const K = (word *)w->pack + (tile.k - (const word *)w->pack);
-    word *const V = (word *)w->pack + (tile.v - (const word *)w->pack);
 
     if (!in_pack(w, J)) return;
-    for (int j = 0; j < TILE; j++) {
-        if (j < cols) row_words(K + j * n / PAIR, k + j * a->k_row, n);
-        else memset(K + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
-    }
-    for (int j = 0; j < TILE; j += PAIR) {
-        if (j >= cols) memset(V + j / PAIR * n, 0, (size_t)n * sizeof *V);
+    for (int j = 0; j < TILE; j += PAIR)
+        for (int64_t kh = kh0; kh < kh1; kh++) {
+            word *const K = (word *)(w->pack + w->p->k) + pack_place(w, kh, J) + j * n / PAIR;
+            word *const V = (word *)(w->pack + w->p->v) + pack_place(w, kh, J) + j / PAIR * n;
+            for (int c = 0; c < PAIR; c++) {
+                if (j + c < cols) row_words(K + c * n / PAIR, k + (j + c) * a->k_row + kh * n, n);
+                else memset(K + c * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
+            }
+            if (j >= cols) memset(V, 0, (size_t)n * sizeof *V);
 #if WORD_BF16
-        else pair_rows(V + j / 2 * n, v + j * a->v_row, j + 1 < cols ? v + (j + 1) * a->v_row : NULL, n);
+            else pair_rows(V, v + j * a->v_row + kh * n, j + 1 < cols ? v + (j + 1) * a->v_row + kh * n : NULL, n);
 #else
-        else row_words(V + j * n, v + j * a->v_row, n);
+            else row_words(V, v + j * a->v_row + kh * n, n);
 #endif
-    }
+        }
 }
 
 /* A row tile: rows from position row0 on, which see the column tiles [J0, J1); those from `fresh` on are not packed. */
@@ -340,33 +354,30 @@ static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
     }
 }
 
-/* Asks for what follows tile n of head h in the super-block [n0, n1) of a row tile. */
+/* Asks for what comes after tile n of head h in the super-block [n0, n1) of a row tile: the keys of the next tile, and
+   in good time the next head's rows and the lines that this head's results go to. */
 static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, int64_t n0, int64_t n1)
 {
     const sel_attention *a = w->a;
-    const int64_t bytes = a->dh * 4;
+    const int64_t bytes = a->dh * 4, count = t->J1 - t->J0;
+    const bool same_tile = h + 1 < a->heads || n1 < count, more = same_tile || t->I + 1 < w->p->tiles;
+    const row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
+    const int64_t next_h = h + 1 < a->heads ? h + 1 : 0, next_n = h + 1 < a->heads ? n0 : n1 < count ? n1 : 0;
     fetch_queue *const q = &w->room.next;
 
-    q->n = 0;
-    if (n1 == t->J1 - t->J0 && n == n1 - 1) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, bytes);
-    if (n + 1 < n1) {
-        fetch_keys(w, t, h, n + 1);
-    } else if (h + 1 < a->heads) {
-        const head_rows r = rows_of(w, h + 1);
-        if (n0 > 0) {
+    if (n == n0) q->n = 0;
+    if (n == count - 1) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, bytes);
+    if (n == n0 && more) {
+        const head_rows r = rows_of(w, next_h);
+        if (next_n == 0) {
+            fetch_rows(q, q_of(w, &after, next_h), a->q_row * 4, after.rows, bytes);
+        } else {
             fetch_rows(q, r.o, CHUNK, TILE * bytes / CHUNK, CHUNK);
             fetch_rows(q, r.q, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
-        } else {
-            fetch_rows(q, q_of(w, t, h + 1), a->q_row * 4, t->rows, bytes);
         }
-        fetch_keys(w, t, h + 1, n0);
-    } else if (n1 < t->J1 - t->J0) {
-        fetch_keys(w, t, 0, n1);
-    } else if (t->I + 1 < w->p->tiles) {
-        const row_tile after = row_tile_of(w, t->I + 1);
-        fetch_rows(q, q_of(w, &after, 0), a->q_row * 4, after.rows, bytes);
-        fetch_keys(w, &after, 0, 0);
     }
+    if (n + 1 < n1) fetch_keys(w, t, h, n + 1);
+    else if (more) fetch_keys(w, &after, next_h, next_n);
 }
 
 /* log2(x) of positive floats, to float's rounding: x = 2^e f with f in [3/4, 3/2), and with s = (f - 1) / (f + 1)
@@ -464,7 +475,7 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 const int cols = (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE);
                 float *const NF = F + (n - n0) * TILE * TILE;
 
-                if (J >= t.fresh && h % group == 0) pack_keys(w, h / group, J);
+                if (J >= t.fresh && h % group == 0) pack_keys(w, h / group, h / group + 1, J);
                 fetch_next(w, &t, h, n, n0, n1);
                 if (h == 0) {
                     raw_logits(&w->room, &keys, rows.q, &view, raw);
@@ -502,11 +513,11 @@ static void start_carry(const forward_job *w, float *carry, int64_t j0, int64_t 
     for (int64_t j = j0; j < j1; j++)
         carry[j] = a->carry_in && j < a->i0 ? root * a->carry_in[w->b * a->carry_seq + j] : 0.0f;
 }
-static void end_carry(const forward_job *w, const float *carry, int64_t j0, int64_t j1)
+static void end_carry(const forward_job *w, const float *carry)
 {
     const sel_attention *a = w->a;
     const float root = (float)sqrt((double)a->dh);
-    for (int64_t j = j0; a->carry_out && j < j1; j++) a->carry_out[w->b * a->carry_seq + j] = carry[j] / root;
+    for (int64_t j = 0; a->carry_out && j < a->i1; j++) a->carry_out[w->b * a->carry_seq + j] = carry[j] / root;
 }
 
 static void store_memory(const forward_job *w)
@@ -537,11 +548,12 @@ static void forward_sequence(forward_job *w)
             memcpy(group_carry(w, I / w->p->group), carry, (size_t)w->a->i1 * sizeof *carry);
         forward_tile(w, I, carry);
     }
-    if (w->a->selective) end_carry(w, carry, 0, w->a->i1);
+    if (w->a->selective) end_carry(w, carry);
     store_memory(w);
 }
 
-/* The carries of one column tile at the start of every group of row tiles, from head 0 alone. */
+/* The carries of one column tile at the start of every group of row tiles, from head 0 alone.  What the last group adds,
+   most of the work, no other group needs. */
 static void carry_column(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -552,17 +564,16 @@ static void carry_column(const forward_job *w, int64_t J)
     const key_tile keys = keys_of(w, 0, J);
 
     start_carry(w, carry, j0, j1);
-    for (int64_t I = 0; I < p->tiles; I++) {
+    for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
         const row_tile t = row_tile_of(w, I);
         const int64_t off = t.row0 - j0;
         const tile_view view = view_of(off, a->window, t.rows);
         if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
-        if (J < t.J0 || J >= t.J1) continue;
+        if (J < t.J0 || J >= t.J1 || I == (p->groups - 1) * p->group) continue;
         transpose_words(Qt, q_of(w, &t, 0), a->q_row, t.rows, a->dh);
         raw_logits(&w->room, &keys, Qt, &view, raw);
         select_words(a, raw, F, carry + j0, t.rows, (int)(j1 - j0), view.lanes, j0, off);
     }
-    end_carry(w, carry, j0, j1);
 }
 
 /* One sequence by all threads: carries of all groups first, then the groups are independent. */
@@ -575,8 +586,7 @@ static void forward_shared(const sel_attention *a, const words_plan *p, int64_t 
         float *const carry = w.scratch + p->carry;
 
         #pragma omp for schedule(static)
-        for (int64_t J = 0; J < p->columns; J++)
-            for (int64_t kh = 0; kh < a->kv_heads; kh++) pack_keys(&w, kh, J);
+        for (int64_t J = 0; J < p->columns; J++) pack_keys(&w, 0, a->kv_heads, J);
         w.packed = true;
         if (a->selective) {
             #pragma omp for schedule(dynamic, 1)
@@ -587,6 +597,7 @@ static void forward_shared(const sel_attention *a, const words_plan *p, int64_t 
             const int64_t g = p->groups - 1 - k;
             if (a->selective) memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
+            if (a->selective && g == p->groups - 1) end_carry(&w, carry);
         }
         #pragma omp critical(attention_memory)
         if (w.m_max > best.m_max || (w.m_max == best.m_max && w.m_row < best.m_row)) {
