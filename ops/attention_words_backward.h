@@ -314,7 +314,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
             float *const L0 = panel(w, p->l0, u, I, J), *const NF = panel(w, p->f, u, I, J);
             float *const G = w->scratch + p->g + (r * SIDE + c) * TILE * TILE, *const Z0 = w->scratch + p->raw;
             tile_gradients(&w->room, t, &keys[c], &rows[r], first ? L0 : NULL, a->selective ? NF : NULL,
-                           a->selective ? G : NULL, first ? Z0 : NULL);
+                           a->selective ? G : NULL, h == 1 || a->heads == 1, first ? Z0 : NULL);
             if (first) {
                 if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, t, a->i0 + I * TILE, NF, G);
                 selection_words(a, t, L0, G, Z0, dcarry[c]);
@@ -377,7 +377,6 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
             below.I1 = u.I0;
             below.I0 = u.I0 > SIDE ? u.I0 - SIDE : 0;
             below.first_rows = false;
-            if (a->selective) memset(w->scratch + p->g, 0, SIDE * SIDE * TILE * TILE * sizeof(float));
             /* Head 0 last: its dF needs the other heads'. */
             for (int64_t n = 1; n <= a->heads; n++) {
                 fetch_head(w, (n + 1) % a->heads, n < a->heads ? &u : &below);
