@@ -74,7 +74,7 @@ static word *writable(const backward_job *w, const word *at) { return (word *)w-
 
 static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
-/* Where a head's keys, values and their gradients, queries, results and theirs lie in the caller's arrays: tile J or I. */
+/* Where tile J of a key head's rows, tile I of a query head's lie in one of the caller's arrays. */
 static int64_t key_place(const backward_job *w, int64_t seq, int64_t row, int64_t kh, int64_t J)
 {
     return w->b * seq + J * TILE * row + kh * w->a->dh;
