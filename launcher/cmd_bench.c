@@ -40,6 +40,8 @@ static void print_table(const sel_bench_results *r, int from)
         if (x->gbytes_per_second > 0.0)
             printf("  %7.1f GB/s  %5.1f%% of copy", x->gbytes_per_second, 100.0 * x->share_of_copy);
         if (x->tokens_per_second > 0.0) printf("  %.0f tokens/s", x->tokens_per_second);
+        if (x->live_share > 0.0)
+            printf("  %.1f%% of pairs alive, %.1f%% of the time", 100.0 * x->live_share, 100.0 * x->seconds_share);
         putchar('\n');
     }
     fflush(stdout);
@@ -63,6 +65,8 @@ static void print_json(const sel_bench_results *r, int threads)
         if (x->gbytes_per_second > 0.0)
             printf(", \"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g", x->gbytes_per_second, x->share_of_copy);
         if (x->tokens_per_second > 0.0) printf(", \"tokens_per_second\": %.6g", x->tokens_per_second);
+        if (x->live_share > 0.0)
+            printf(", \"live_share\": %.6g, \"time_share\": %.6g", x->live_share, x->seconds_share);
         putchar('}');
     }
     printf("\n]}\n");
@@ -71,13 +75,18 @@ static void print_json(const sel_bench_results *r, int threads)
 typedef struct {
     const char *threads, *contexts, *config, *backend, *dtypes;
     int64_t batch, heads, head_width, runs;
-    bool json;
+    bool json, dead_keys;
 } request;
 
 static sel_status attention_cases(const sel_bench *b, const request *r, const numbers *contexts, sel_bench_results *out)
 {
     for (int i = 0; i < contexts->n; i++) {
         const int64_t N = contexts->at[i], whole = 2048 * b->threads / N;
+        if (r->dead_keys) {
+            const int64_t batch = r->batch ? r->batch : whole > b->threads ? whole : b->threads;
+            SEL_TRY(sel_bench_dead_keys(b, r->heads, r->head_width, N, batch, out));
+            continue;
+        }
         if (r->batch) {
             SEL_TRY(sel_bench_attention(b, r->heads, r->head_width, N, r->batch, out));
             continue;
@@ -173,6 +182,7 @@ int sel_cmd_bench(int argc, char **argv)
         {"runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)"},
         {"dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)"},
         {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)"},
+        {"dead-keys", SEL_OPT_FLAG, &r.dead_keys, 0, NULL, "attention: leaving out dead keys, at several shares"},
         {"json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object"},
     };
     const sel_command command = {

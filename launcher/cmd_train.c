@@ -76,6 +76,11 @@ static void show_progress(void *ctx, const sel_train_progress *p)
         if (s->terminal) printf("\r\033[K");
         printf("step %" PRId64 "/%" PRId64 "  loss %.4f", m->step, p->steps, m->loss);
         if (m->has_memory_loss) printf("  memory %.4f", m->memory_loss);
+        if (m->live_keys) {
+            double live = 0.0;
+            for (int64_t l = 0; l < m->layers; l++) live += m->live_keys[l] / (double)m->layers;
+            printf("  live %.0f%%", 100.0 * live);
+        }
         printf("  norm %.2f  lr %.2e  %s tokens/s  %.0f%% of peak  eta %s", m->grad_norm, m->lr, rate, 100.0 * m->mfu,
                eta);
         s->open_line = s->terminal;

@@ -62,6 +62,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         if (a->selective) {
             p.f = take(&end, SUPER * square);
             p.carry = take(&end, a->i1);
+            p.began = take(&end, a->dead_after ? a->i1 : 0);
             p.rowsum = take(&end, 2 * TILE);
         }
         p.sel_qt = take(&end, bilinear ? dh * TILE : 0);
@@ -109,59 +110,65 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 {
     words_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
-    const int64_t sel = attention_bilinear(a) ? dh : 0;   /* width of the selection's own rows */
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
     p.tiles = ceil_div(p.rows, TILE);
     p.columns = ceil_div(a->i1, TILE);
-    p.group = tiles_a_group(p.tiles) > SIDE ? tiles_a_group(p.tiles) : SIDE;
+    p.group = tiles_a_group(p.tiles);
+    if (!a->dead_after && p.group < SIDE) p.group = SIDE;
     p.groups = ceil_div(p.tiles, p.group);
 
     if (!backward) {
-        p.qt = take(&end, H * dh * TILE);
-        p.ot = take(&end, H * dh * TILE);
-        p.ml = take(&end, 2 * H * TILE);
+        p.slots = p.columns > SUPER ? H : 1;
+        p.qt = take(&end, p.slots * dh * TILE);
+        p.ot = take(&end, p.slots * dh * TILE);
+        p.ml = take(&end, 2 * p.slots * TILE);
         p.raw = take(&end, square);
         p.redo = take(&end, square);
         p.p = take(&end, square);
         p.f = take(&end, SUPER * square);
         p.carry = take(&end, a->i1);
-        p.sel_qt = take(&end, sel * TILE);
     } else {
-        p.l0 = take(&end, p.group * SIDE * square);
-        p.f = take(&end, p.group * SIDE * square);
+        p.live_tiles = p.group < LIVE_SIDE ? LIVE_SIDE / p.group : 1;
+        p.l0 = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
+        p.f = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
         p.g = take(&end, SIDE * SIDE * square);
-        p.pi = take(&end, square);
-        p.zi = take(&end, square);
-        p.zk = take(&end, square);
+        p.pi = take(&end, SIDE * SIDE * square);
+        p.zi = take(&end, SIDE * SIDE * square);
+        p.zk = take(&end, SIDE * SIDE * square);
         p.raw = take(&end, square);
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
         p.dq = take(&end, p.tiles * TILE * H * dh);
-        p.dsel_q = take(&end, p.tiles * TILE * sel);
-        p.dsel_k = take(&end, SIDE * TILE * sel);
+    }
+    if (a->dead_after) {
+        p.list = take(&end, a->i1 + LANES);
+        p.kt = take(&end, SIDE * TILE * dh);
+        p.vt = take(&end, SIDE * TILE * dh);
+        p.pt = take(&end, SIDE * TILE * dh);
+        p.dcarry = take(&pack, a->i1);
     }
     p.thread_size = end;
     end *= a->threads;
 
-    /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
-    p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
-    p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
-    p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
     if (!backward) {
+        /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
+        p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+        p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
-        p.k_pairs = take(&pack, p.columns * TILE * kv / 2);
-        p.qt_all = take(&pack, p.tiles * H * dh * TILE);
-        p.dot_all = take(&pack, p.tiles * H * dh * TILE);
+        const int64_t pair = a->bfloat16 ? 2 : 1, keys = p.columns * TILE * kv / pair,
+                      queries = p.tiles * TILE * H * dh / pair;
+        p.k = take(&pack, keys);
+        p.v = take(&pack, keys);
+        p.k_pairs = take(&pack, a->bfloat16 ? keys : 0);
+        p.qt_all = take(&pack, queries);
+        p.dot_all = take(&pack, queries);
+        p.q_rows = take(&pack, queries);
+        p.dout_rows = take(&pack, queries);
         p.lse_all = take(&pack, p.tiles * H * TILE);
         p.delta_all = take(&pack, p.tiles * H * TILE);
-        p.q_rows = take(&pack, p.tiles * TILE * H * dh / 2);
-        p.dout_rows = take(&pack, p.tiles * TILE * H * dh / 2);
-        p.sel_k_pairs = take(&pack, p.columns * TILE * sel / 2);
-        p.sel_qt_all = take(&pack, p.tiles * TILE * sel);
-        p.sel_q_rows = take(&pack, p.tiles * TILE * sel / 2);
     }
     p.pack0 = end;
     p.pack_size = pack;
@@ -172,7 +179,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
     SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0) && !a->sel_q == !a->sel_k);
+    SEL_ASSERT(!a->dead_after || (a->selective && a->relu && a->window == 0));
     const int64_t portable = sel_attention_plan(a, backward).total;
-    const int64_t words = attention_fits_words(a) ? sel_attention_words_plan(a, backward).total : 0;
+    const int64_t words = attention_fits_words(a, backward) ? sel_attention_words_plan(a, backward).total : 0;
     return (size_t)(portable > words ? portable : words) * sizeof(float);
 }

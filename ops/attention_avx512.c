@@ -1,7 +1,6 @@
 /* attention_avx512.c: fused selective attention for AVX-512, float32 operands. */
 #define WORD_BF16 0
-#include "ops/attention_words_forward.h"
-#include "ops/attention_words_backward.h"
+#include "ops/attention_words_live.h"
 #include "ops/levels.h"
 
 /* What this kernel does not cover, and bfloat16 operands, are the portable one's, which is in the table already. */
@@ -10,13 +9,13 @@ static sel_attention_backward_fn *portable_backward;
 
 static void attention_forward(const sel_attention *a)
 {
-    if (!a->bfloat16 && attention_fits_words(a)) forward_words(a);
+    if (!a->bfloat16 && attention_fits_words(a, false)) (a->dead_after ? forward_live : forward_words)(a);
     else portable_forward(a);
 }
 
 static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (!a->bfloat16 && attention_fits_words(a)) backward_words(a, g);
+    if (!a->bfloat16 && attention_fits_words(a, true)) (a->dead_after ? backward_live : backward_words)(a, g);
     else portable_backward(a, g);
 }
 

@@ -1,7 +1,6 @@
 /* attention_avx512bf16.c: fused selective attention for AVX-512 with vdpbf16ps, bfloat16 operands. */
 #define WORD_BF16 1
-#include "ops/attention_words_forward.h"
-#include "ops/attention_words_backward.h"
+#include "ops/attention_words_live.h"
 #include "ops/levels.h"
 
 /* float32 operands, and what this kernel does not cover, are the level below's, which is in the table already. */
@@ -10,13 +9,13 @@ static sel_attention_backward_fn *lower_backward;
 
 static void attention_forward(const sel_attention *a)
 {
-    if (a->bfloat16 && attention_fits_words(a)) forward_words(a);
+    if (a->bfloat16 && attention_fits_words(a, false)) (a->dead_after ? forward_live : forward_words)(a);
     else lower_forward(a);
 }
 
 static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (a->bfloat16 && attention_fits_words(a)) backward_words(a, g);
+    if (a->bfloat16 && attention_fits_words(a, true)) (a->dead_after ? backward_live : backward_words)(a, g);
     else lower_backward(a, g);
 }
 

@@ -206,6 +206,7 @@ static void backward_column(const job *w, int64_t J)
         const int64_t I0 = group * p->group, I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
         int64_t first, end;
 
+        if (a->dead_after && all_dead(a, w->b, a->saved + (w->b * p->groups + group) * a->i1, J)) continue;
         /* Up the group: the selection's logits and F of its tiles, from the saved carry. */
         if (a->selective) {
             memcpy(carry_here, a->saved + (w->b * p->groups + group) * a->i1 + j0, (size_t)cols * 4);

@@ -19,6 +19,7 @@ typedef struct {
     float *scratch;           /* this thread's */
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
+    double live;              /* pairs of a row and a live key so far */
 } job;
 
 static const float *query(const job *w, int64_t h, int64_t row)
@@ -130,8 +131,9 @@ static void add_forgotten(const tile_place *t, const float *F, double tau, doubl
         }
 }
 
-/* One row tile, all heads; carry [i1] moves on past its rows. */
-static void forward_tile(job *w, int64_t row_tile, float *carry)
+/* One row tile, all heads; carry [i1] moves on past its rows.  began [i1], where not NULL: the carries that say which
+   keys are dead; a column tile without a live key is left out, F of its keys counts as tau and stays. */
+static void forward_tile(job *w, int64_t row_tile, float *carry, const float *began)
 {
     const sel_attention *a = w->a;
     const attention_plan *p = w->p;
@@ -162,6 +164,11 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
                 float *const f = F + (J - block) * TILE * TILE;
                 vf top[TILE / VL];
                 t = place_tile(a, row_tile, J);
+                if (began && all_dead(a, w->b, began, J)) {
+                    if (h == 0 && memory)
+                        for (int i = 0; i < t.rows; i++) rowsum[i] += a->tau * t.cols;
+                    continue;
+                }
                 if (a->selective && h == 0) {
                     selection_logits(w, &t, own, X);
                     select_tile(a, &t, X, f, carry);
@@ -182,6 +189,7 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
             lse[i] = m[h * TILE + i] + logf(sum);
         }
     }
+    if (began) w->live += live_pairs(a, w->b, began, t.row0, t.rows);
     if (memory)
         for (int i = 0; i < t.rows; i++) {
             const double needed = (double)(t.row0 + i + 1) - rowsum[i] / a->tau;
@@ -214,7 +222,9 @@ static void forward_sequence(job *w)
     for (int64_t I = 0; I < w->p->tiles; I++) {
         if (a->selective && a->saved && I % w->p->group == 0)
             memcpy(saved_carry(a, w->p, w->b, I / w->p->group), carry, (size_t)a->i1 * sizeof *carry);
-        forward_tile(w, I, carry);
+        if (a->dead_after && I % w->p->group == 0)
+            memcpy(w->scratch + w->p->began, carry, (size_t)a->i1 * sizeof *carry);
+        forward_tile(w, I, carry, a->dead_after ? w->scratch + w->p->began : NULL);
     }
     if (a->selective && a->carry_out)
         memcpy(a->carry_out + w->b * a->carry_seq, carry, (size_t)a->i1 * sizeof *carry);
@@ -237,6 +247,7 @@ static void carry_column(job *w, int64_t J)
             memcpy(saved_carry(a, p, w->b, I / p->group) + j0, carry + j0, (size_t)n * sizeof *carry);
         seen_columns(a, I, &first, &end);
         if (J < first || J >= end) continue;
+        if (a->dead_after && all_dead(a, w->b, saved_carry(a, p, w->b, I / p->group), J)) continue;
         const tile_place t = place_tile(a, I, J);
         if (!attention_bilinear(a))
             transpose_rows(Qt, query(w, 0, I * TILE), a->q_row, t.rows, a->dh, query_scale(a), a->bfloat16);
@@ -247,17 +258,19 @@ static void carry_column(job *w, int64_t J)
         memcpy(a->carry_out + w->b * a->carry_seq + j0, carry + j0, (size_t)n * sizeof *carry);
 }
 
-/* Of two rows that need most tokens the first in position wins. */
+/* Of two rows that need most tokens the first in position wins; live pairs add up. */
 static void keep_larger(job *best, const job *w)
 {
+    best->live += w->live;      /* whole numbers below 2^53: exact in any order */
     if (w->m_max > best->m_max || (w->m_max == best->m_max && w->m_row < best->m_row)) {
         best->m_max = w->m_max;
         best->m_row = w->m_row;
     }
 }
 
-static void store_memory(const job *w)
+static void store_results(const job *w)
 {
+    if (w->a->live) w->a->live[w->b] = w->live;
     if (w->a->tau <= 0.0 || !w->a->selective) return;
     w->a->m_max[w->b] = w->m_max;
     w->a->m_row[w->b] = w->m_row;
@@ -287,11 +300,12 @@ static void forward_shared(const sel_attention *a, const attention_plan *p, int6
         job w = new_job(a, p, b, omp_get_thread_num());
         float *const carry = a->selective ? w.scratch + p->carry : NULL;
         if (a->selective) memcpy(carry, saved_carry(a, p, b, g), (size_t)a->i1 * sizeof *carry);
-        for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
+        for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++)
+            forward_tile(&w, I, carry, a->dead_after ? saved_carry(a, p, b, g) : NULL);
         #pragma omp critical(attention_memory)
         keep_larger(&best, &w);
     }
-    store_memory(&best);
+    store_results(&best);
 }
 
 static void attention_forward(const sel_attention *a)
@@ -304,7 +318,7 @@ static void attention_forward(const sel_attention *a)
     for (int64_t b = 0; b < whole; b++) {
         job w = new_job(a, &p, b, omp_get_thread_num());
         forward_sequence(&w);
-        store_memory(&w);
+        store_results(&w);
     }
     for (int64_t b = whole; b < a->B; b++) {
         if (p.groups > 1) {
@@ -312,7 +326,7 @@ static void attention_forward(const sel_attention *a)
         } else {
             job w = new_job(a, &p, b, 0);
             forward_sequence(&w);
-            store_memory(&w);
+            store_results(&w);
         }
     }
 }

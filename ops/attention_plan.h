@@ -22,7 +22,7 @@ typedef struct {
     bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
-    int64_t qt, ot, ml, f, tile, carry, rowsum, krows, vrows, sel_qt;
+    int64_t qt, ot, ml, f, tile, carry, began, rowsum, krows, vrows, sel_qt;
     int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
     /* backward, in a thread's scratch */
     int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq, dsel_q, dsel_k, sel_kcopy;
@@ -37,26 +37,36 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward);
 typedef struct {
     int64_t rows, tiles, columns, group, groups;
     int64_t thread0, thread_size;
-    int64_t qt, ot, ml, raw, redo, f, p, carry, sel_qt;   /* forward, in a thread's scratch */
+    int64_t slots;                                   /* forward: heads whose rows are kept between super-blocks, or 1 */
+    int64_t qt, ot, ml, raw, redo, f, p, carry;      /* in a thread's scratch */
     int64_t carries;
-    int64_t l0, g, pi, zi, zk, dk, dv, dq, dsel_q, dsel_k;   /* backward */
+    int64_t l0, g, pi, zi, zk, dk, dv, dq;           /* backward */
     int64_t pack0, pack_size;
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
-    int64_t sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
+    /* dead keys: the list, gathered tiles of keys, values and key pairs; backward: tiles of keys taken together, dF */
+    int64_t list, kt, vt, pt, live_tiles, dcarry;
     int64_t total;
 } words_plan;
 
 /* The AVX-512 kernels take pairs of column tiles and, in backward, of row tiles together. */
-enum { SIDE = 2 };
+enum {
+    SIDE = 2,
+    LIVE_SIDE = 4    /* with dead keys: tiles of one row tile's live keys */
+};
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
 /* Does the selection have rows of its own, or is it made of head 0's? */
 static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
 
-/* What they do not cover goes to the portable kernel: windows, head widths that are no multiple of 16. */
-static inline bool attention_fits_words(const sel_attention *a) { return a->window == 0 && a->dh % LANES == 0; }
+/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; a selection with rows of
+   its own; windows in backward and so, since each kernel reads only what it saved itself, where forward saves carries. */
+static inline bool attention_fits_words(const sel_attention *a, bool backward)
+{
+    return a->dh % LANES == 0 && !attention_bilinear(a) &&
+           (a->window == 0 || (!backward && !(a->selective && a->saved)));
+}
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */
 static inline int64_t attention_whole(const sel_attention *a) { return a->B / a->threads * a->threads; }

@@ -178,6 +178,22 @@ static inline void select_tile(const sel_attention *a, const tile_place *t, cons
     }
 }
 
+/* Dead keys: whether those of column tile J all are, by the carries with which a group of row tiles began. */
+static inline bool all_dead(const sel_attention *a, int64_t b, const float *began, int64_t J)
+{
+    for (int64_t j = J * TILE; j < (J + 1) * TILE && j < a->i1; j++)
+        if (!(began[j] > a->dead_after[b])) return false;
+    return true;
+}
+
+/* Pairs of a row and a live key (itself and later rows' keys of the group among them) in rows from position row0. */
+static inline double live_pairs(const sel_attention *a, int64_t b, const float *began, int64_t row0, int rows)
+{
+    int64_t n = 0;
+    for (int64_t j = 0; j < row0; j++) n += !(began[j] > a->dead_after[b]);
+    return (double)(n * rows + (int64_t)rows * (rows + 1) / 2);
+}
+
 /* Rounds n values to bfloat16, in place. */
 static inline void round_values(float *x, int64_t n)
 {

@@ -83,38 +83,37 @@ INLINE void product_32(int64_t M, int64_t K, const word *A, int64_t am, int64_t 
     for (; m < M; m++) product_block(1, 2, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, fresh);
 }
 
-/* 2^x: float32 operands deserve 1e-7, bfloat16 ones 8e-5 (minimax polynomials on [-1/2, 1/2]); -1e30 gives exactly 0.
- */
+/* 2^x by polynomials on [-1/2, 1/2] that are least wrong among those with p(0) = 1: a row that sees one key gives its
+   value exactly.  Relative error 1.6e-7 (within 2 units in the last place) for float32 operands, 1.1e-4 for bfloat16
+   ones, whose own rounding is 3.9e-3; -1e30 and -inf give exactly 0. */
 INLINE __m512 exp2_ps(__m512 x)
 {
     const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
 #if WORD_BF16
-    __m512 p = _mm512_set1_ps(0.0551716691f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.242611122f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693260985f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999928074f));
+    __m512 p = _mm512_set1_ps(0.0550089313f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24221096f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693282927f));
 #else
-    __m512 p = _mm512_set1_ps(0.00132764722f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00967554133f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555071327f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240221197f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693146967f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000007f));
+    __m512 p = _mm512_set1_ps(0.00131972539f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00967125814f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555094989f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240222474f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693146835f));
 #endif
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
 
-/* Transposes 16 x 16 words: row r of src (src_row words apart, `rows` of them, the rest zero) to column r of dst. */
-INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t src_row, int rows)
+/* Transposes 16 x 16 words in registers: row r of a becomes column r. */
+INLINE void transpose_registers(__m512i a[16])
 {
-    __m512i a[16], b[16];
-    for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_loadu_si512(src + r * src_row) : _mm512_setzero_si512();
-    #pragma GCC unroll 16
+    __m512i b[16];
+    #pragma GCC unroll 8
     for (int r = 0; r < 16; r += 2) {
         b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
         b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
     }
-    #pragma GCC unroll 16
+    #pragma GCC unroll 4
     for (int r = 0; r < 16; r += 4) {
         a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
         a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
@@ -130,74 +129,78 @@ INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t sr
     }
     #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        _mm512_storeu_si512(dst + r * dst_row, _mm512_shuffle_i32x4(b[r], b[r + 8], 0x88));
-        _mm512_storeu_si512(dst + (r + 4) * dst_row, _mm512_shuffle_i32x4(b[r + 4], b[r + 12], 0x88));
-        _mm512_storeu_si512(dst + (r + 8) * dst_row, _mm512_shuffle_i32x4(b[r], b[r + 8], 0xdd));
-        _mm512_storeu_si512(dst + (r + 12) * dst_row, _mm512_shuffle_i32x4(b[r + 4], b[r + 12], 0xdd));
+        a[r] = _mm512_shuffle_i32x4(b[r], b[r + 8], 0x88);
+        a[r + 4] = _mm512_shuffle_i32x4(b[r + 4], b[r + 12], 0x88);
+        a[r + 8] = _mm512_shuffle_i32x4(b[r], b[r + 8], 0xdd);
+        a[r + 12] = _mm512_shuffle_i32x4(b[r + 4], b[r + 12], 0xdd);
     }
+}
+
+/* Row r of src (src_row words apart, `rows` of them, the rest zero) to column r of dst. */
+INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t src_row, int rows)
+{
+    __m512i a[16];
+    for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_loadu_si512(src + r * src_row) : _mm512_setzero_si512();
+    transpose_registers(a);
+    for (int r = 0; r < 16; r++) _mm512_storeu_si512(dst + r * dst_row, a[r]);
+}
+
+/* 16 words of x; bfloat16: of 32 values, or of 16 and zeros where there is no more. */
+INLINE __m512i words_16(const float *x, bool half)
+{
+#if WORD_BF16
+    return (__m512i)_mm512_cvtne2ps_pbh(half ? _mm512_setzero_ps() : _mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+#else
+    (void)half;
+    return _mm512_loadu_si512(x);
+#endif
 }
 
 /* n values of x as n / PAIR words (n a multiple of 16). */
 INLINE void row_words(word *w, const float *x, int64_t n)
 {
-#if WORD_BF16
-    for (int64_t d = 0; d < n; d += 16)
-        _mm256_storeu_si256((__m256i *)(void *)(w + d / 2),
-                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + d)));
-#else
-    for (int64_t d = 0; d < n; d += 16)
-        _mm512_storeu_ps((float *)w + d, _mm512_loadu_ps(x + d));
-#endif
+    int64_t d = 0;
+    for (; d + 16 * PAIR <= n; d += 16 * PAIR) _mm512_storeu_si512(w + d / PAIR, words_16(x + d, false));
+    if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
 }
 
 /* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes. */
 INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
 {
-    word line[16][16];
     for (int i = 0; i < TILE; i += 16)
         for (int64_t d = 0; d < n; d += 16 * PAIR) {
-            const int here = rows - i < 16 ? (rows > i ? rows - i : 0) : 16;
-            const int64_t width = n - d < 16 * PAIR ? n - d : 16 * PAIR;
-            if (width < 16 * PAIR) memset(line, 0, sizeof line);
-            for (int r = 0; r < here; r++) row_words(line[r], x + (i + r) * x_row + d, width);
-            word turned[16][16];
-            transpose_16(&turned[0][0], 16, &line[0][0], 16, here);
-            for (int64_t k = 0; k < width / PAIR; k++)
-                _mm512_storeu_si512(X + (d / PAIR + k) * TILE + i, _mm512_loadu_si512(turned[k]));
+            const bool half = n - d < 16 * PAIR;
+            __m512i a[16];
+            #pragma GCC unroll 16
+            for (int r = 0; r < 16; r++)
+                a[r] = i + r < rows ? words_16(x + (i + r) * x_row + d, half) : _mm512_setzero_si512();
+            transpose_registers(a);
+            #pragma GCC unroll 16
+            for (int r = 0; r < 16; r++)
+                if (r < 8 || !half) _mm512_storeu_si512(X + (d / PAIR + r) * TILE + i, a[r]);
         }
 }
 
 #if WORD_BF16
+/* Two rows of bfloat16 in one vector, low half and high half, woven: word l = (low[l], high[l]). */
+INLINE __m512i weave_halves(__m512i x)
+{
+    return _mm512_permutexvar_epi16(
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                         3, 18, 2, 17, 1, 16, 0), x);
+}
+
 /* Word (r / 2, d) = (x[r][d], x[r + 1][d]): n values (a multiple of 16) of two rows; b may be NULL: zeros. */
 INLINE void pair_rows(word *w, const float *a, const float *b, int64_t n)
 {
     for (int64_t d = 0; d < n; d += 16) {
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + d)));
-        const __m512i high = b ? _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + d)))
-                               : _mm512_setzero_si512();
-        _mm512_storeu_si512(w + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const __m512 low = _mm512_loadu_ps(a + d), high = b ? _mm512_loadu_ps(b + d) : _mm512_setzero_ps();
+        _mm512_storeu_si512(w + d, weave_halves((__m512i)_mm512_cvtne2ps_pbh(high, low)));
     }
 }
 #endif
 
-/* Two rows j, j + 1 of 32 queries each become the words of a k-major operand at W and W + 16: one row a call for
-   float32 (even rows at W, odd at W + TILE), a row of pairs for bfloat16, whose lanes come out in the order of
-   `unweave`. */
-INLINE void store_pair(word *W, const __m512 x[2], const __m512 y[2])
-{
-#if WORD_BF16
-    const __m512i a = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]), b = (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]);
-    _mm512_storeu_si512(W, _mm512_unpacklo_epi16(a, b));
-    _mm512_storeu_si512(W + V16, _mm512_unpackhi_epi16(a, b));
-#else
-    for (int v = 0; v < 2; v++) {
-        _mm512_storeu_ps((float *)W + v * V16, x[v]);
-        _mm512_storeu_ps((float *)W + TILE + v * V16, y[v]);
-    }
-#endif
-}
-
-/* Lanes of 32 results of a product whose B was stored by store_pair, back in the order of the queries. */
+/* Lanes of 32 results of a product whose B was woven by unpacklo and unpackhi, back in the order of the queries. */
 INLINE void unweave(__m512 x[2])
 {
 #if WORD_BF16
@@ -211,21 +214,41 @@ INLINE void unweave(__m512 x[2])
 #endif
 }
 
-/* The opposite of unweave. */
-INLINE void weave(__m512 x[2])
+/* ---- which queries see which keys ---- */
+
+/* Query lane i < lanes (32 or 64) sees the keys i + low <= j <= i + off. */
+typedef struct {
+    int64_t low, off;
+    int lanes;
+} tile_view;
+
+INLINE tile_view view_of(int64_t off, int64_t window, int rows)
 {
-#if WORD_BF16
-    const __m512i low = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13),
-                  high = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
-    const __m512d a = _mm512_castps_pd(x[0]), b = _mm512_castps_pd(x[1]);
-    x[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
-    x[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
-#else
-    (void)x;
-#endif
+    return (tile_view){ .off = off, .low = window ? off - window + 1 : INT64_MIN / 2, .lanes = rows > 32 ? 64 : 32 };
 }
 
-/* Lanes v .. v + 15 that see key j: query lane i does where i + off >= j. */
+/* Lanes v .. v + 15 that see key j. */
+INLINE __mmask16 in_view(const tile_view *view, int v, int j)
+{
+    const int64_t first = j - view->off - v, last = j - view->low - v;
+    const unsigned late = first <= 0 ? 0xffffu : first > 15 ? 0 : 0xffffu << first;
+    const unsigned early = last >= 15 ? 0xffffu : last < 0 ? 0 : 0xffffu >> (15 - last);
+    return (__mmask16)(late & early);
+}
+
+/* Blocks of 8 keys, [first, end), that hold all keys which the lanes v .. v + 15 see. */
+INLINE int first_block(const tile_view *view, int v)
+{
+    const int64_t first = v + view->low;
+    return first <= 0 ? 0 : first >= TILE ? TILE / 8 : (int)(first / 8);
+}
+INLINE int end_block(const tile_view *view, int v)
+{
+    const int64_t end = v + V16 + view->off;
+    return end >= TILE ? TILE / 8 : end <= 0 ? 0 : (int)((end + 7) / 8);
+}
+
+/* Lanes v .. v + 15 that see key j where there is no window: query lane i does where i + off >= j. */
 INLINE __mmask16 sees(int v, int j, int64_t off)
 {
     const int64_t first = j - off - v;   /* the first lane that does */
@@ -266,13 +289,13 @@ INLINE __m512 scan_down(__m512 x)
     x = _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_alignr_epi32(zero, _mm512_castps_si512(x), 4)));
     return _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_alignr_epi32(zero, _mm512_castps_si512(x), 8)));
 }
-INLINE float last_lane(__m512 x) { return _mm_cvtss_f32(_mm_permute_ps(_mm512_extractf32x4_ps(x, 3), 0xff)); }
 
 /* Lanes of key j whose logit S takes: seen, a real row, not protected. */
 INLINE __mmask16 selects(const sel_attention *a, int v, int j, int64_t col0, int64_t off, int rows)
 {
     if (a->protect_bos && col0 + j == 0) return 0;
-    __mmask16 lanes = sees(v, j, off);
+    const tile_view view = view_of(off, a->window, rows);
+    __mmask16 lanes = in_view(&view, v, j);
     if (rows < v + V16) lanes &= (__mmask16)(rows <= v ? 0 : 0xffff >> (v + V16 - rows));
     const int64_t own = j - off - v;
     if (a->protect_self && own >= 0 && own < V16) lanes &= (__mmask16)~(1u << own);
@@ -284,20 +307,22 @@ static void select_words(const sel_attention *a, const float *raw, float *NF, fl
                          int lanes, int64_t col0, int64_t off)
 {
     const __m512 zero = _mm512_setzero_ps();
+    const bool relu = a->relu, shift = a->shift;
+    const bool whole = off >= TILE && rows == lanes && (a->window == 0 || off + TILE <= a->window);
     for (int j = 0; j < cols; j++) {
-        float base = carry[j];
+        __m512 base = _mm512_set1_ps(carry[j]);
         for (int v = 0; v < lanes; v += V16) {
-            const __m512 L = _mm512_loadu_ps(raw + j * TILE + v);
-            const __m512 s =
-                _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), a->relu ? _mm512_max_ps(L, zero) : L);
+            __m512 s = _mm512_loadu_ps(raw + j * TILE + v);
+            if (relu) s = _mm512_max_ps(s, zero);
+            if (!whole || col0 + j == 0) s = _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), s);
             const __m512 sum = scan_up(s);
             const __m512 before =
                 _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(sum), _mm512_setzero_si512(), 15));
-            const __m512 f = _mm512_add_ps(a->shift ? before : sum, _mm512_set1_ps(base));
+            const __m512 f = _mm512_add_ps(shift ? before : sum, base);
             _mm512_storeu_ps(NF + j * TILE + v, _mm512_sub_ps(zero, f));
-            base += last_lane(sum);
+            base = _mm512_add_ps(base, _mm512_permutexvar_ps(_mm512_set1_epi32(15), sum));
         }
-        carry[j] = base;
+        carry[j] = _mm512_cvtss_f32(base);
     }
     for (int j = cols; j < TILE; j++)   /* keys that do not exist: seen by lanes that are no rows only */
         for (int v = 0; v < lanes; v += V16) _mm512_storeu_ps(NF + j * TILE + v, zero);

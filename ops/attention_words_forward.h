@@ -1,9 +1,246 @@
-/* attention_words_forward.h: the forward pass for AVX-512 (attention_words.h); included once a kernel file. */
+/* attention_words_forward.h: the forward pass for AVX-512 (attention_words.h); included once a kernel file.
+ *
+ * Products run near the processor's peak while their operands are in cache, so what matters is that they are: while a
+ * tile is worked on the next one's operands are fetched, a few lines every few products (fetch_queue).  bfloat16 packs
+ * the keys tile by tile, each as the first row tile that sees it comes to it.
+ */
 #ifndef SEL_OPS_ATTENTION_WORDS_FORWARD_H
 #define SEL_OPS_ATTENTION_WORDS_FORWARD_H
 
 #include <omp.h>
 #include "ops/attention_words.h"
+
+/* ---- one tile of one head: knows its operands, not where in a sequence they lie ---- */
+
+/* Memory that comes next, fetched into cache a few lines at a time while products run. */
+enum { CHUNK = 256, RANGES = 24 };
+
+typedef struct {
+    struct {
+        const char *at;
+        int64_t stride;      /* bytes between chunks of CHUNK bytes */
+        int64_t chunks;
+    } list[RANGES];          /* the last one goes first */
+    int n;
+} fetch_queue;
+
+INLINE void fetch_some(fetch_queue *q)
+{
+    if (!q->n) return;
+    const char *const at = q->list[q->n - 1].at;
+    for (int line = 0; line < CHUNK; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+    q->list[q->n - 1].at += q->list[q->n - 1].stride;
+    if (--q->list[q->n - 1].chunks == 0) q->n--;
+}
+
+/* Asks for `rows` rows of `width` bytes, before all that was asked for earlier.  What has no room is not fetched. */
+static void fetch_rows(fetch_queue *q, const void *at, int64_t stride, int64_t rows, int64_t width)
+{
+    for (int64_t x = 0; rows > 0 && x < width && q->n < RANGES; x += CHUNK, q->n++) {
+        q->list[q->n].at = (const char *)at + x;
+        q->list[q->n].stride = stride;
+        q->list[q->n].chunks = rows;
+    }
+}
+
+/* Rows of one head: Q^T [dh / PAIR][TILE], O^T [dh][TILE], m and l [TILE]. */
+typedef struct {
+    const word *q;
+    float *o, *m, *l;
+} head_rows;
+
+/* Keys and values of one head: k [TILE][dh / PAIR], v [TILE_WORDS][dh]; strides in words. */
+typedef struct {
+    const word *k, *v;
+    int64_t k_row, v_row;
+} key_tile;
+
+/* What a thread works with. */
+typedef struct {
+    int64_t dh;
+    float scale;             /* log2(e) / sqrt(dh) */
+    word *p;                 /* P [TILE_WORDS][TILE] */
+    float *redo;             /* [TILE][TILE] */
+    fetch_queue next;
+} tile_room;
+
+/* P of two keys (a row of pairs, for bfloat16), 16 queries. */
+INLINE void store_pair(word *P, __m512 a, __m512 b)
+{
+#if WORD_BF16
+    _mm512_storeu_si512(P, weave_halves((__m512i)_mm512_cvtne2ps_pbh(b, a)));
+#else
+    _mm512_storeu_ps((float *)P, a);
+    _mm512_storeu_ps((float *)P + TILE, b);
+#endif
+}
+
+/* acc[r][v] += sum over words k in [0, K) of A[r am + k ak] * B[k TILE + 16 v ..] for v0 <= v < 2; K a multiple of
+   8 / PAIR. */
+INLINE void sum_words(const int v0, int64_t K, const word *A, int64_t am, int64_t ak, const word *B, fetch_queue *next,
+                      __m512 acc[8][2])
+{
+    for (int64_t k = 0; k < K; k += 8 / PAIR) {
+        fetch_some(next);
+        #pragma GCC unroll 8
+        for (int s = 0; s < 8 / PAIR; s++) {
+            __m512i b[2];
+            for (int v = v0; v < 2; v++) b[v] = _mm512_loadu_si512(B + (k + s) * TILE + v * V16);
+            #pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                const __m512i x = _mm512_set1_epi32((int)A[r * am + (k + s) * ak]);
+                for (int v = v0; v < 2; v++) acc[r][v] = dot(acc[r][v], x, b[v]);
+            }
+        }
+    }
+}
+
+INLINE void hide_unseen(const int v0, __m512 x[8][2], const tile_view *view, int lane, int j0)
+{
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++)
+            x[r][v] = _mm512_mask_blend_ps(in_view(view, lane + v * V16, j0 + r), _mm512_set1_ps(HIDDEN), x[r][v]);
+}
+
+/* P of 8 keys from j0 on for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them.  sums [2] grow by its
+   sums. */
+INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const head_rows *rows,
+                         const tile_view *view, const float *raw, const float *NF, int lane, int j0, bool start,
+                         __m512 sums[2])
+{
+    const __m512 c = _mm512_set1_ps(t->scale);
+    __m512 x[8][2];
+
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++) {
+            const int at = (j0 + r) * TILE + lane + v * V16;
+            x[r][v] = NF ? _mm512_loadu_ps(NF + at) : _mm512_setzero_ps();
+            if (raw) x[r][v] = _mm512_add_ps(x[r][v], _mm512_loadu_ps(raw + at));
+        }
+    if (!raw) sum_words(v0, t->dh / PAIR, keys->k + j0 * keys->k_row, keys->k_row, 1, rows->q + lane, &t->next, x);
+    if (lane + v0 * V16 + view->off < j0 + 7 || lane + 31 + view->low > j0) hide_unseen(v0, x, view, lane, j0);
+    if (start)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++) {
+            __m512 top = x[0][v];
+            #pragma GCC unroll 8
+            for (int r = 1; r < 8; r++) top = _mm512_max_ps(top, x[r][v]);
+            _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_mul_ps(c, top));
+        }
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++)
+            x[r][v] = _mm512_fmsub_ps(x[r][v], c, _mm512_loadu_ps(rows->m + lane + v * V16));
+    #pragma GCC unroll 4
+    for (int r = 0; r < 8; r += 2)
+        #pragma GCC unroll 2
+        for (int v = v0; v < 2; v++) {
+            const __m512 p0 = exp2_ps(x[r][v]), p1 = exp2_ps(x[r + 1][v]);
+            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(p0, p1));
+            store_pair(t->p + (j0 + r) / PAIR * TILE + lane + v * V16, p0, p1);
+        }
+}
+
+/* O^T [dh][32] (+)= V^T P over the words [w0, w1) of P, for the upper 16 lanes over [w0, w2). */
+INLINE void values_half(tile_room *t, const key_tile *keys, float *O, int lane, int w0, int w1, int w2, bool fresh)
+{
+    const word *const V = keys->v + w0 * keys->v_row, *const V1 = keys->v + w1 * keys->v_row;
+    for (int64_t d = 0; d < t->dh; d += 8) {
+        __m512 o[8][2];
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++)
+            for (int v = 0; v < 2; v++)
+                o[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(O + (d + r) * TILE + lane + v * V16);
+        sum_words(0, w1 - w0, V + d, 1, keys->v_row, t->p + w0 * TILE + lane, &t->next, o);
+        if (w2 > w1) sum_words(1, w2 - w1, V1 + d, 1, keys->v_row, t->p + w1 * TILE + lane, &t->next, o);
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++)
+            for (int v = 0; v < 2; v++) _mm512_storeu_ps(O + (d + r) * TILE + lane + v * V16, o[r][v]);
+    }
+}
+
+/* P of 32 lanes again, blocks [first, end), with their true maximum, when the lazy one let the sums grow too large: m
+   rises, l and O of the head shrink by the same factor. */
+static void redo_half(tile_room *t, const key_tile *keys, const head_rows *rows, const tile_view *view,
+                      const float *NF, int lane, int first, int end, bool fresh, __m512 sums[2])
+{
+    float *const raw = t->redo;
+    __m512 top[2], shrink[2];
+
+    for (int v = 0; v < 2; v++) top[v] = _mm512_loadu_ps(rows->m + lane + v * V16);
+    product_32((end - first) * 8, t->dh / PAIR, keys->k + first * 8 * keys->k_row, keys->k_row, 1, rows->q + lane, TILE,
+               raw + first * 8 * TILE + lane, TILE, true);
+    for (int j = first * 8; j < end * 8; j++)
+        for (int v = 0; v < 2; v++) {
+            const int at = j * TILE + lane + v * V16;
+            __m512 x = _mm512_loadu_ps(raw + at);
+            if (NF) x = _mm512_add_ps(x, _mm512_loadu_ps(NF + at));
+            x = _mm512_mask_blend_ps(in_view(view, lane + v * V16, j), _mm512_set1_ps(HIDDEN), x);
+            x = _mm512_mul_ps(x, _mm512_set1_ps(t->scale));
+            top[v] = _mm512_max_ps(top[v], x);
+            _mm512_storeu_ps(raw + at, x);
+        }
+    for (int v = 0; v < 2; v++) {
+        float *const m = rows->m + lane + v * V16, *const l = rows->l + lane + v * V16;
+        shrink[v] = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(m), top[v]));
+        _mm512_storeu_ps(l, _mm512_mul_ps(_mm512_loadu_ps(l), shrink[v]));
+        _mm512_storeu_ps(m, top[v]);
+        sums[v] = _mm512_setzero_ps();
+    }
+    for (int64_t d = 0; d < t->dh && !fresh; d++)
+        for (int v = 0; v < 2; v++) {
+            float *const o = rows->o + d * TILE + lane + v * V16;
+            _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink[v]));
+        }
+    for (int j = first * 8; j < end * 8; j += 2)
+        for (int v = 0; v < 2; v++) {
+            const float *const at = raw + j * TILE + lane + v * V16;
+            const __m512 x = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(at), top[v]));
+            const __m512 y = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(at + TILE), top[v]));
+            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(x, y));
+            store_pair(t->p + j / PAIR * TILE + lane + v * V16, x, y);
+        }
+}
+
+/* Softmax and output of one tile of one head.  raw: its logits [j][TILE] where they are known, else NULL; NF: -F in the
+   same layout, or NULL where F = 0; start: the rows' first tile. */
+static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *rows, const tile_view *view,
+                        const float *raw, const float *NF, bool start)
+{
+    const __m512 bound = _mm512_set1_ps(0x1p30f);
+
+    for (int lane = 0; lane < view->lanes; lane += 32) {
+        /* blocks: [first, both) by all lanes, [both, end) by the upper 16 */
+        const int first = first_block(view, lane), low = end_block(view, lane), both = low > first ? low : first;
+        const int high = end_block(view, lane + V16), end = high > both ? high : both;
+        __m512 sums[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
+        bool grown;
+
+        if (end == first && !start) continue;
+        if (start)   /* lanes that see nothing here */
+            for (int v = 0; v < 2; v++)
+                _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_set1_ps(HIDDEN * t->scale));
+        for (int jb = first; jb < both; jb++)
+            logits_block(0, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
+        for (int jb = both; jb < end; jb++)
+            logits_block(1, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
+        grown = (_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) |
+                 _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0;
+        if (grown) redo_half(t, keys, rows, view, NF, lane, first, end, start, sums);
+        for (int v = 0; v < 2; v++) {
+            float *const l = rows->l + lane + v * V16;
+            _mm512_storeu_ps(l, start ? sums[v] : _mm512_add_ps(_mm512_loadu_ps(l), sums[v]));
+        }
+        values_half(t, keys, rows->o, lane, first * 8 / PAIR, (grown ? end : both) * 8 / PAIR, end * 8 / PAIR, start);
+    }
+}
+
+/* ---- a call: sequences, row tiles, threads ---- */
 
 typedef struct {
     const sel_attention *a;
@@ -11,217 +248,204 @@ typedef struct {
     int64_t b;                /* sequence */
     float *scratch;           /* this thread's */
     float *pack;              /* this sequence's packed operands */
+    bool packed;              /* all of them are there; else each row tile packs the keys that are new in it */
+    tile_room room;
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
+    double live;              /* pairs of a row and a live key so far */
 } forward_job;
 
-/* Operands of keys from position col0 on (a multiple of TILE) for query head h: words, the stride of a key (K) or of
-   a pair of keys (V). */
-INLINE const word *key_words(const forward_job *w, int64_t h, int64_t col0, int64_t *stride)
+/* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
+static bool in_pack(const forward_job *w, int64_t J) { return WORD_BF16 || (J + 1) * TILE > w->a->i1; }
+
+/* Where in the packs of keys and of values a tile lies, in words. */
+static int64_t pack_place(const forward_job *w, int64_t kh, int64_t J)
 {
-    const sel_attention *a = w->a;
-    const int64_t kh = h * a->kv_heads / a->heads;
-    if (WORD_BF16 || col0 + TILE > a->i1) {   /* packed, or the copy of the last tile, padded with zeros */
-        *stride = a->kv_heads * a->dh / PAIR;
-        return (const word *)(w->pack + w->p->k) + (WORD_BF16 ? col0 : 0) * *stride + kh * a->dh / PAIR;
-    }
-    *stride = a->k_row;
-    return (const word *)(a->k + w->b * a->k_seq + col0 * a->k_row + kh * a->dh);
+    return (WORD_BF16 ? kh * w->p->columns + J : kh) * TILE * w->a->dh / PAIR;
 }
 
-/* The same for the keys that S is made of: head 0's, or sel_k. */
-INLINE const word *selecting_words(const forward_job *w, int64_t col0, int64_t *stride)
+static key_tile keys_of(const forward_job *w, int64_t kh, int64_t J)
 {
     const sel_attention *a = w->a;
-    if (!attention_bilinear(a)) return key_words(w, 0, col0, stride);
-    if (WORD_BF16 || col0 + TILE > a->i1) {
-        *stride = a->dh / PAIR;
-        return (const word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? col0 : 0) * *stride;
-    }
-    *stride = a->sel_k_row;
-    return (const word *)(a->sel_k + w->b * a->sel_k_seq + col0 * a->sel_k_row);
+    const int64_t at = pack_place(w, kh, J);
+    if (in_pack(w, J))
+        return (key_tile){ .k = (const word *)(w->pack + w->p->k) + at, .k_row = a->dh / PAIR,
+                           .v = (const word *)(w->pack + w->p->v) + at, .v_row = a->dh };
+    return (key_tile){ .k = (const word *)(a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh),
+                       .v = (const word *)(a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh),
+                       .k_row = a->k_row, .v_row = a->v_row };
 }
 
-INLINE const word *value_words(const forward_job *w, int64_t h, int64_t col0, int64_t *stride)
+/* Packs column tile J of the kv-heads [kh0, kh1), row by row: they lie side by side in memory. */
+static void pack_keys(const forward_job *w, int64_t kh0, int64_t kh1, int64_t J)
 {
     const sel_attention *a = w->a;
-    const int64_t kh = h * a->kv_heads / a->heads;
-    if (WORD_BF16 || col0 + TILE > a->i1) {
-        *stride = a->kv_heads * a->dh;
-        return (const word *)(w->pack + w->p->v) + (WORD_BF16 ? col0 / PAIR : 0) * *stride + kh * a->dh;
-    }
-    *stride = a->v_row;
-    return (const word *)(a->v + w->b * a->v_seq + col0 * a->v_row + kh * a->dh);
-}
-
-/* The `cols` rows of a column tile as words, zeros up to TILE. */
-static void pack_tile_rows(word *K, const float *k, int64_t k_row, int cols, int64_t n)
-{
-    for (int j = 0; j < TILE; j++) {
-        if (j < cols) row_words(K + j * n / PAIR, k + j * k_row, n);
-        else memset(K + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
-    }
-}
-
-/* Packs column tile J of the sequence: all of it for bfloat16, only the last, incomplete tile for float32. */
-static void pack_keys(const forward_job *w, int64_t J)
-{
-    const sel_attention *a = w->a;
-    const int64_t n = a->kv_heads * a->dh, j0 = J * TILE;
+    const int64_t n = a->dh, j0 = J * TILE;
     const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
     const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
-    word *const K = (word *)(w->pack + w->p->k) + (WORD_BF16 ? j0 : 0) * n / PAIR;
-    word *const V = (word *)(w->pack + w->p->v) + (WORD_BF16 ? j0 / PAIR : 0) * n;
 
-    if (!WORD_BF16 && cols == TILE) return;
-    pack_tile_rows(K, k, a->k_row, cols, n);
-    if (attention_bilinear(a))
-        pack_tile_rows((word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? j0 : 0) * a->dh / PAIR,
-                       a->sel_k + w->b * a->sel_k_seq + j0 * a->sel_k_row, a->sel_k_row, cols, a->dh);
-    for (int j = 0; j < TILE; j += PAIR) {
-        if (j >= cols) memset(V + j / PAIR * n, 0, (size_t)n * sizeof *V);
+    if (!in_pack(w, J)) return;
+    for (int j = 0; j < TILE; j += PAIR)
+        for (int64_t kh = kh0; kh < kh1; kh++) {
+            word *const K = (word *)(w->pack + w->p->k) + pack_place(w, kh, J) + j * n / PAIR;
+            word *const V = (word *)(w->pack + w->p->v) + pack_place(w, kh, J) + j / PAIR * n;
+            for (int c = 0; c < PAIR; c++) {
+                if (j + c < cols) row_words(K + c * n / PAIR, k + (j + c) * a->k_row + kh * n, n);
+                else memset(K + c * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
+            }
+            if (j >= cols) memset(V, 0, (size_t)n * sizeof *V);
 #if WORD_BF16
-        else pair_rows(V + j / 2 * n, v + j * a->v_row, j + 1 < cols ? v + (j + 1) * a->v_row : NULL, n);
+            else pair_rows(V, v + j * a->v_row + kh * n, j + 1 < cols ? v + (j + 1) * a->v_row + kh * n : NULL, n);
 #else
-        else row_words(V + j * n, v + j * a->v_row, n);
+            else row_words(V, v + j * a->v_row + kh * n, n);
 #endif
-    }
-}
-
-/* Eight columns of a block: x comes in as logits - F (- m), leaves as words in P; sums [2] grow by their sums. */
-INLINE void exponentiate(__m512 x[8][2], word *P, __m512 sums[2])
-{
-    #pragma GCC unroll 4
-    for (int r = 0; r < 8; r += 2) {
-        __m512 p[2][2];
-        for (int c = 0; c < 2; c++)
-            for (int v = 0; v < 2; v++) {
-                p[c][v] = exp2_ps(x[r + c][v]);
-                sums[v] = _mm512_add_ps(sums[v], p[c][v]);
-            }
-        store_pair(P + r / PAIR * TILE, p[0], p[1]);
-    }
-}
-
-/* m of 32 rows: c times the largest of the 8 columns. */
-INLINE void first_maximum(__m512 x[8][2], __m512 c, float *m)
-{
-    for (int v = 0; v < 2; v++) {
-        __m512 top = x[0][v];
-        for (int r = 1; r < 8; r++) top = _mm512_max_ps(top, x[r][v]);
-        _mm512_storeu_ps(m + v * V16, _mm512_mul_ps(c, top));
-    }
-}
-
-/* Half a tile (32 queries from lane v0) of one head: words of P, its row sums into sums.  raw: head 0's logits
-   [j][TILE], else NULL; NF: -F, or NULL where F = 0; start: m is not known yet. */
-static void logits_half(const word *K, int64_t stride, int64_t kw, const word *Qt, const float *raw, const float *NF,
-                        float scale, float *m, word *P, int v0, int blocks, int64_t off, bool start, __m512 sums[2])
-{
-    const __m512 c = _mm512_set1_ps(scale);
-    for (int jb = 0; jb < blocks; jb++) {
-        __m512 x[8][2];
-        const int j0 = jb * 8;
-
-        #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++)
-            for (int v = 0; v < 2; v++) {
-                const int at = (j0 + r) * TILE + v0 + v * V16;
-                x[r][v] = NF ? _mm512_loadu_ps(NF + at) : _mm512_setzero_ps();
-                if (raw) x[r][v] = _mm512_add_ps(x[r][v], _mm512_loadu_ps(raw + at));
-            }
-        if (!raw) block_sum(8, 2, kw, K + j0 * stride, stride, 1, Qt + v0, TILE, x);
-        if (v0 + off < j0 + 7) hide(x, v0, j0, off);
-        if (start && jb == 0) first_maximum(x, c, m + v0);
-        #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++)
-            for (int v = 0; v < 2; v++) x[r][v] = _mm512_fmsub_ps(x[r][v], c, _mm512_loadu_ps(m + v0 + v * V16));
-        exponentiate(x, P + j0 / PAIR * TILE + v0, sums);
-    }
-}
-
-/* The same half again with its true maximum, when the lazy one let the sums grow too large: m rises, l and O of the
-   head shrink by the same factor. */
-static void redo_half(const word *K, int64_t stride, int64_t kw, const word *Qt, const float *NF, float scale, float *m,
-                      float *l, float *Ot, int64_t dh, bool fresh, word *P, float *raw, int v0, int blocks, int64_t off,
-                      __m512 sums[2])
-{
-    __m512 top[2] = { _mm512_loadu_ps(m + v0), _mm512_loadu_ps(m + v0 + V16) }, shrink[2];
-
-    product_32(blocks * 8, kw, K, stride, 1, Qt + v0, TILE, raw + v0, TILE, true);
-    for (int j = 0; j < blocks * 8; j++)
-        for (int v = 0; v < 2; v++) {
-            const int at = j * TILE + v0 + v * V16;
-            __m512 x = _mm512_loadu_ps(raw + at);
-            if (NF) x = _mm512_add_ps(x, _mm512_loadu_ps(NF + at));
-            x = _mm512_mask_blend_ps(sees(v0 + v * V16, j, off), _mm512_set1_ps(HIDDEN), x);
-            x = _mm512_mul_ps(x, _mm512_set1_ps(scale));
-            top[v] = _mm512_max_ps(top[v], x);
-            _mm512_storeu_ps(raw + at, x);
         }
-    for (int v = 0; v < 2; v++) {
-        shrink[v] = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(m + v0 + v * V16), top[v]));
-        _mm512_storeu_ps(l + v0 + v * V16, _mm512_mul_ps(_mm512_loadu_ps(l + v0 + v * V16), shrink[v]));
-        _mm512_storeu_ps(m + v0 + v * V16, top[v]);
-        sums[v] = _mm512_setzero_ps();
-    }
-    for (int64_t d = 0; d < dh && !fresh; d++) {
-        __m512 o[2];
-        for (int v = 0; v < 2; v++) o[v] = _mm512_loadu_ps(Ot + d * TILE + v0 + v * V16);
-        unweave(o);
-        for (int v = 0; v < 2; v++) o[v] = _mm512_mul_ps(o[v], shrink[v]);
-        weave(o);
-        for (int v = 0; v < 2; v++) _mm512_storeu_ps(Ot + d * TILE + v0 + v * V16, o[v]);
-    }
-    for (int jb = 0; jb < blocks; jb++) {
-        __m512 x[8][2];
-        for (int r = 0; r < 8; r++)
-            for (int v = 0; v < 2; v++)
-                x[r][v] = _mm512_sub_ps(_mm512_loadu_ps(raw + (jb * 8 + r) * TILE + v0 + v * V16), top[v]);
-        exponentiate(x, P + jb * 8 / PAIR * TILE + v0, sums);
-    }
 }
 
-/* One tile of one head.  off: query lane i sees keys j <= i + off. */
-static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t off, int lanes, const float *raw,
-                        const float *NF, bool start)
+/* A row tile: rows from position row0 on, which see the column tiles [J0, J1); those from `fresh` on are not packed. */
+typedef struct {
+    int64_t I, row0, J0, J1, fresh;
+    int rows;
+} row_tile;
+
+static row_tile row_tile_of(const forward_job *w, int64_t I)
 {
     const sel_attention *a = w->a;
-    const words_plan *p = w->p;
-    const int64_t dh = a->dh, H = a->heads;
-    float *const m = w->scratch + p->ml + h * TILE, *const l = m + H * TILE,
-                 *const Ot = w->scratch + p->ot + h * dh * TILE;
-    const word *const Qt = (const word *)(w->scratch + p->qt) + h * dh / PAIR * TILE;
-    word *const P = (word *)(w->scratch + p->p);
-    const __m512 bound = _mm512_set1_ps(0x1p30f);
-    const float scale = (float)(LOG2E / sqrt((double)dh));
-    int64_t k_stride, v_stride;
-    const word *const K = key_words(w, h, col0, &k_stride), *const V = value_words(w, h, col0, &v_stride);
+    const int64_t row0 = a->i0 + I * TILE, end = row0 + TILE < a->i1 ? row0 + TILE : a->i1;
+    const int64_t oldest = a->window && row0 >= a->window ? row0 - a->window + 1 : 0;
+    return (row_tile){ .I = I, .row0 = row0, .rows = (int)(end - row0), .J0 = oldest / TILE,
+                       .J1 = (end + TILE - 1) / TILE,
+                       .fresh = w->packed ? w->p->columns : I ? (row0 + TILE - 1) / TILE : 0 };
+}
 
-    for (int v0 = 0; v0 < lanes; v0 += 32) {
-        const int blocks = seen_blocks(v0, off);
-        __m512 sums[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
+/* Column tiles are visited in rising order, with a window in falling order: the first one must have keys that all rows
+   see, or m starts too low. */
+static int64_t visited(const forward_job *w, const row_tile *t, int64_t n)
+{
+    return w->a->window ? t->J1 - 1 - n : t->J0 + n;
+}
 
-        if (!blocks) continue;
-        logits_half(K, k_stride, dh / PAIR, Qt, raw, NF, scale, m, P, v0, blocks, off, start, sums);
-        if ((_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0)
-            redo_half(K, k_stride, dh / PAIR, Qt, NF, scale, m, l, Ot, dh, start, P, w->scratch + p->redo, v0, blocks,
-                      off, sums);
-        for (int v = 0; v < 2; v++) {
-            float *const at = l + v0 + v * V16;
-            _mm512_storeu_ps(at, start ? sums[v] : _mm512_add_ps(_mm512_loadu_ps(at), sums[v]));
-        }
-        product_32(dh, blocks * 8 / PAIR, V, 1, v_stride, P + v0, TILE, Ot + v0, TILE, start);
+/* Q^T, O^T, m and l are kept of all heads where they are visited more than once, else of one. */
+static int64_t slot(const forward_job *w, int64_t h) { return w->p->slots > 1 ? h : 0; }
+
+static head_rows rows_of(const forward_job *w, int64_t h)
+{
+    const int64_t size = w->a->dh * TILE, at = slot(w, h);
+    float *const m = w->scratch + w->p->ml + 2 * at * TILE;
+    return (head_rows){ .q = (const word *)(w->scratch + w->p->qt) + at * size / PAIR,
+                        .o = w->scratch + w->p->ot + at * size, .m = m, .l = m + TILE };
+}
+
+static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
+{
+    return w->a->q + w->b * w->a->q_seq + t->I * TILE * w->a->q_row + h * w->a->dh;
+}
+static float *out_of(const forward_job *w, const row_tile *t, int64_t h)
+{
+    return w->a->out + w->b * w->a->out_seq + t->I * TILE * w->a->out_row + h * w->a->dh;
+}
+
+static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
+{
+    const sel_attention *a = w->a;
+    const int64_t J = visited(w, t, n), kh = h * a->kv_heads / a->heads, bytes = a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+    if (WORD_BF16 && J < t->fresh) {
+        const key_tile keys = keys_of(w, kh, J);
+        fetch_rows(q, keys.v, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+        fetch_rows(q, keys.k, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+    } else {
+        const int64_t rows = a->i1 - J * TILE < TILE ? a->i1 - J * TILE : TILE;
+        fetch_rows(q, a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh, a->v_row * 4, rows, bytes);
+        fetch_rows(q, a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh, a->k_row * 4, rows, bytes);
     }
 }
 
-/* Logits of a tile, plain, [j][TILE], from keys K (rows `stride` words apart). */
-static void raw_logits(const forward_job *w, const word *K, int64_t stride, int64_t off, int lanes, const word *Qt,
-                       float *raw)
+/* Asks for what comes after tile n of head h in the super-block [n0, n1) of a row tile: the keys of the next tile, and
+   in good time the next head's rows and the lines that this head's results go to. */
+static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, int64_t n0, int64_t n1)
 {
-    const int64_t kw = w->a->dh / PAIR;
-    for (int v0 = 0; v0 < lanes; v0 += 32)
-        product_32(seen_blocks(v0, off) * 8, kw, K, stride, 1, Qt + v0, TILE, raw + v0, TILE, true);
+    const sel_attention *a = w->a;
+    const int64_t bytes = a->dh * 4, count = t->J1 - t->J0;
+    const bool same_tile = h + 1 < a->heads || n1 < count, more = same_tile || t->I + 1 < w->p->tiles;
+    const row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
+    const int64_t next_h = h + 1 < a->heads ? h + 1 : 0, next_n = h + 1 < a->heads ? n0 : n1 < count ? n1 : 0;
+    fetch_queue *const q = &w->room.next;
+
+    if (n == n0) q->n = 0;
+    if (n == count - 1) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, bytes);
+    if (n == n0 && more) {
+        const head_rows r = rows_of(w, next_h);
+        if (next_n == 0) {
+            fetch_rows(q, q_of(w, &after, next_h), a->q_row * 4, after.rows, bytes);
+        } else {
+            fetch_rows(q, r.o, CHUNK, TILE * bytes / CHUNK, CHUNK);
+            fetch_rows(q, r.q, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+        }
+    }
+    if (n + 1 < n1) fetch_keys(w, t, h, n + 1);
+    else if (more) fetch_keys(w, &after, next_h, next_n);
+}
+
+/* log2(x) of positive floats, to float's rounding: x = 2^e f with f in [3/4, 3/2), and with s = (f - 1) / (f + 1)
+   log2(f) = 2 / ln 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| <= 1/5. */
+INLINE __m512 log2_ps(__m512 x, __m512 *e)
+{
+    const __m512 one = _mm512_set1_ps(1.0f), f = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const __m512 s = _mm512_div_ps(_mm512_sub_ps(f, one), _mm512_add_ps(f, one)), s2 = _mm512_mul_ps(s, s);
+    __m512 p = _mm512_set1_ps((float)(2.0 / 11.0 / LN2));
+    p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps((float)(2.0 / 9.0 / LN2)));
+    p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps((float)(2.0 / 7.0 / LN2)));
+    p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps((float)(2.0 / 5.0 / LN2)));
+    p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps((float)(2.0 / 3.0 / LN2)));
+    p = _mm512_fmadd_ps(p, s2, _mm512_set1_ps((float)(2.0 / LN2)));
+    *e = _mm512_getexp_ps(_mm512_div_ps(x, f));   /* exact: a power of two */
+    return _mm512_mul_ps(p, s);
+}
+
+/* out and lse of one head of a row tile. */
+static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
+{
+    const sel_attention *a = w->a;
+    const head_rows r = rows_of(w, h);
+    float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->I * TILE;
+
+    for (int i0 = 0; i0 < t->rows; i0 += V16) {
+        const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;
+        const __m512 l = _mm512_loadu_ps(r.l + i0), inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), l);
+        __m512 e;
+        const __m512 f = log2_ps(l, &e);
+        for (int half = 0; half < 2; half++) {   /* in float64: m + e + f in float would be rounded at the size of m */
+            const __m256 m4 = _mm256_loadu_ps(r.m + i0 + 8 * half);
+            const __m256 e4 = half ? _mm512_extractf32x8_ps(e, 1) : _mm512_castps512_ps256(e);
+            const __m256 f4 = half ? _mm512_extractf32x8_ps(f, 1) : _mm512_castps512_ps256(f);
+            const __m512d log2_l = _mm512_add_pd(_mm512_cvtps_pd(e4), _mm512_cvtps_pd(f4));
+            const __m512d sum = _mm512_add_pd(_mm512_cvtps_pd(m4), log2_l);
+            const int count = n - 8 * half;
+            const __mmask8 real = (__mmask8)(count >= 8 ? 0xff : count <= 0 ? 0 : 0xff >> (8 - count));
+            _mm256_mask_storeu_ps(lse + i0 + 8 * half, real, _mm512_cvtpd_ps(_mm512_mul_pd(sum, _mm512_set1_pd(LN2))));
+        }
+        for (int64_t d = 0; d < a->dh; d += V16) {
+            __m512i x[16];
+            #pragma GCC unroll 16
+            for (int k = 0; k < 16; k++)
+                x[k] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(r.o + (d + k) * TILE + i0), inverse));
+            transpose_registers(x);
+            #pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                if (i < n) _mm512_storeu_si512(out + (i0 + i) * a->out_row + d, x[i]);
+        }
+    }
+}
+
+/* Head 0's logits of a tile, plain, [j][TILE], where they are seen. */
+static void raw_logits(const tile_room *t, const key_tile *keys, const word *Qt, const tile_view *view, float *raw)
+{
+    for (int lane = 0; lane < view->lanes; lane += 32) {
+        const int first = first_block(view, lane), end = end_block(view, lane + V16);
+        product_32((end - first) * 8, t->dh / PAIR, keys->k + first * 8 * keys->k_row, keys->k_row, 1, Qt + lane, TILE,
+                   raw + first * 8 * TILE + lane, TILE, true);
+    }
 }
 
 /* Adds min(F, tau) / tau to each row's sum, in float64; NF = -F, and tau, in raw units. */
@@ -234,87 +458,50 @@ static void add_forgotten(const float *NF, int rows, int cols, int64_t off, doub
         }
 }
 
-/* out and lse of row tile I, from O (transposed, lanes as store_pair left them), l and m. */
-static void finish_rows(const forward_job *w, int64_t I, int rows)
-{
-    const sel_attention *a = w->a;
-    const words_plan *p = w->p;
-    const int64_t H = a->heads, dh = a->dh, row = I * TILE;
-    float turned[16][16], line[16][TILE];
-
-    for (int64_t h = 0; h < H; h++) {
-        const float *const m = w->scratch + p->ml + h * TILE, *const l = m + H * TILE;
-        float *const Ot = w->scratch + p->ot + h * dh * TILE;
-        float *const out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
-        float *const lse = a->lse + (w->b * H + h) * p->rows + row;
-
-        for (int64_t d0 = 0; d0 < dh; d0 += 16) {
-            for (int d = 0; d < 16; d++)
-                for (int v0 = 0; v0 < TILE; v0 += 32) {
-                    __m512 o[2] = {_mm512_loadu_ps(Ot + (d0 + d) * TILE + v0),
-                                   _mm512_loadu_ps(Ot + (d0 + d) * TILE + v0 + V16)};
-                    unweave(o);
-                    for (int v = 0; v < 2; v++)
-                        _mm512_storeu_ps(line[d] + v0 + v * V16,
-                                         _mm512_div_ps(o[v], _mm512_loadu_ps(l + v0 + v * V16)));
-                }
-            for (int i0 = 0; i0 < rows; i0 += 16) {
-                transpose_16((word *)&turned[0][0], 16, (const word *)&line[0][i0], TILE, 16);
-                for (int i = 0; i < 16 && i0 + i < rows; i++)
-                    _mm512_storeu_ps(out + (i0 + i) * a->out_row + d0, _mm512_loadu_ps(turned[i]));
-            }
-        }
-        for (int i = 0; i < rows; i++) lse[i] = (float)(LN2 * ((double)m[i] + log2((double)l[i])));
-    }
-}
-
 /* One row tile, all heads; carry [i1] moves on past its rows. */
 static void forward_tile(forward_job *w, int64_t I, float *carry)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t H = a->heads, dh = a->dh, row0 = a->i0 + I * TILE, end = (row0 + TILE - 1) / TILE + 1;
-    const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
-    const int64_t last = end < p->columns ? end : p->columns;
-    word *const Qt = (word *)(w->scratch + p->qt);
+    const row_tile t = row_tile_of(w, I);
+    const int64_t group = a->heads / a->kv_heads, count = t.J1 - t.J0;
     float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     double rowsum[TILE] = { 0 };
-    const bool memory = a->selective && a->tau > 0.0, bilinear = attention_bilinear(a);
-    word *const own = bilinear ? (word *)(w->scratch + p->sel_qt) : Qt;   /* queries that S is made of */
-    int64_t stride;
+    const bool memory = a->selective && a->tau > 0.0;
 
-    if (bilinear)
-        transpose_words(own, a->sel_q + w->b * a->sel_q_seq + I * TILE * a->sel_q_row, a->sel_q_row, rows, dh);
-    for (int64_t h = 0; h < H; h++)
-        transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row,
-                        rows, dh);
-    for (int64_t block = 0; block < last; block += SUPER)
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t J = block; J < last && J < block + SUPER; J++) {
-                float *const NF = F + (J - block) * TILE * TILE;
-                const int64_t col0 = J * TILE, off = row0 - col0;
+    for (int64_t n0 = 0; n0 < count; n0 += SUPER) {
+        const int64_t n1 = n0 + SUPER < count ? n0 + SUPER : count;
+        for (int64_t h = 0; h < a->heads; h++) {
+            const head_rows rows = rows_of(w, h);
+            if (n0 == 0)
+                transpose_words((word *)(w->scratch + p->qt) + slot(w, h) * a->dh / PAIR * TILE, q_of(w, &t, h),
+                                a->q_row, t.rows, a->dh);
+            for (int64_t n = n0; n < n1; n++) {
+                const int64_t J = visited(w, &t, n), col0 = J * TILE, off = t.row0 - col0;
+                const tile_view view = view_of(off, a->window, t.rows);
+                const key_tile keys = keys_of(w, h / group, J);
                 const int cols = (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE);
+                float *const NF = F + (n - n0) * TILE * TILE;
 
+                if (J >= t.fresh && h % group == 0) pack_keys(w, h / group, h / group + 1, J);
+                fetch_next(w, &t, h, n, n0, n1);
                 if (h == 0) {
-                    const word *K = selecting_words(w, col0, &stride);
-                    raw_logits(w, K, stride, off, lanes, own, raw);
+                    raw_logits(&w->room, &keys, rows.q, &view, raw);
                     if (a->selective) {
-                        select_words(a, raw, NF, carry + col0, rows, cols, lanes, col0, off);
-                        if (memory) add_forgotten(NF, rows, cols, off, a->tau * sqrt((double)dh), rowsum);
-                    }
-                    if (bilinear) {
-                        K = key_words(w, 0, col0, &stride);
-                        raw_logits(w, K, stride, off, lanes, Qt, raw);
+                        select_words(a, raw, NF, carry + col0, t.rows, cols, view.lanes, col0, off);
+                        if (memory) add_forgotten(NF, t.rows, cols, off, a->tau * sqrt((double)a->dh), rowsum);
                     }
                 }
-                attend_tile(w, h, col0, off, lanes, h == 0 ? raw : NULL, a->selective ? NF : NULL, J == 0);
+                attend_tile(&w->room, &keys, &rows, &view, h == 0 ? raw : NULL, a->selective ? NF : NULL, n == 0);
             }
-    finish_rows(w, I, rows);
-    for (int i = 0; memory && i < rows; i++) {
-        const double needed = (double)(row0 + i + 1) - rowsum[i];
-        if (needed > w->m_max || (needed == w->m_max && row0 + i < w->m_row)) {
+            if (n1 == count) finish_rows(w, &t, h);
+        }
+    }
+    for (int i = 0; memory && i < t.rows; i++) {
+        const double needed = (double)(t.row0 + i + 1) - rowsum[i];
+        if (needed > w->m_max || (needed == w->m_max && t.row0 + i < w->m_row)) {
             w->m_max = needed;
-            w->m_row = row0 + i;
+            w->m_row = t.row0 + i;
         }
     }
 }
@@ -334,11 +521,11 @@ static void start_carry(const forward_job *w, float *carry, int64_t j0, int64_t 
     for (int64_t j = j0; j < j1; j++)
         carry[j] = a->carry_in && j < a->i0 ? root * a->carry_in[w->b * a->carry_seq + j] : 0.0f;
 }
-static void end_carry(const forward_job *w, const float *carry, int64_t j0, int64_t j1)
+static void end_carry(const forward_job *w, const float *carry)
 {
     const sel_attention *a = w->a;
     const float root = (float)sqrt((double)a->dh);
-    for (int64_t j = j0; a->carry_out && j < j1; j++) a->carry_out[w->b * a->carry_seq + j] = carry[j] / root;
+    for (int64_t j = 0; a->carry_out && j < a->i1; j++) a->carry_out[w->b * a->carry_seq + j] = carry[j] / root;
 }
 
 static void store_memory(const forward_job *w)
@@ -351,8 +538,11 @@ static void store_memory(const forward_job *w)
 static forward_job new_forward_job(const sel_attention *a, const words_plan *p, int64_t b, int thread, int set)
 {
     float *const base = a->workspace;
-    return (forward_job){ .a = a, .p = p, .b = b, .scratch = base + p->thread0 + thread * p->thread_size,
-                          .pack = base + p->pack0 + set * p->pack_size, .m_max = -INFINITY, .m_row = INT64_MAX };
+    float *const scratch = base + p->thread0 + thread * p->thread_size;
+    return (forward_job){ .a = a, .p = p, .b = b, .scratch = scratch, .pack = base + p->pack0 + set * p->pack_size,
+                          .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)),
+                                    .p = (word *)(scratch + p->p), .redo = scratch + p->redo },
+                          .m_max = -INFINITY, .m_row = INT64_MAX };
 }
 
 /* A whole sequence by one thread. */
@@ -360,18 +550,18 @@ static void forward_sequence(forward_job *w)
 {
     float *const carry = w->scratch + w->p->carry;
 
-    for (int64_t J = 0; J < w->p->columns; J++) pack_keys(w, J);
     if (w->a->selective) start_carry(w, carry, 0, w->a->i1);
     for (int64_t I = 0; I < w->p->tiles; I++) {
         if (w->a->selective && w->a->saved && I % w->p->group == 0)
             memcpy(group_carry(w, I / w->p->group), carry, (size_t)w->a->i1 * sizeof *carry);
         forward_tile(w, I, carry);
     }
-    if (w->a->selective) end_carry(w, carry, 0, w->a->i1);
+    if (w->a->selective) end_carry(w, carry);
     store_memory(w);
 }
 
-/* The carries of one column tile at the start of every group of row tiles, from the selection's logits alone. */
+/* The carries of one column tile at the start of every group of row tiles, from head 0 alone.  What the last group of
+   rows adds no other group needs. */
 static void carry_column(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -379,23 +569,21 @@ static void carry_column(const forward_job *w, int64_t J)
     const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
     float *const carry = w->scratch + p->carry, *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     word *const Qt = (word *)(w->scratch + p->qt);
-    const bool bilinear = attention_bilinear(a);
-    const float *const q = bilinear ? a->sel_q + w->b * a->sel_q_seq : a->q + w->b * a->q_seq;
-    const int64_t q_row = bilinear ? a->sel_q_row : a->q_row;
-    int64_t stride;
-    const word *const K = selecting_words(w, j0, &stride);
+    const key_tile keys = keys_of(w, 0, J);
 
     start_carry(w, carry, j0, j1);
-    for (int64_t I = 0; I < p->tiles; I++) {
-        const int64_t row0 = a->i0 + I * TILE, off = row0 - j0;
-        const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
-        if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
-        if (off + rows - 1 < 0) continue;
-        transpose_words(Qt, q + I * TILE * q_row, q_row, rows, a->dh);
-        raw_logits(w, K, stride, off, lanes, Qt, raw);
-        select_words(a, raw, F, carry + j0, rows, (int)(j1 - j0), lanes, j0, off);
+    for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
+        const row_tile t = row_tile_of(w, I);
+        const int64_t off = t.row0 - j0;
+        const tile_view view = view_of(off, a->window, t.rows);
+        float *const kept = group_carry(w, I / p->group) + j0;
+
+        if (I % p->group == 0) memcpy(kept, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
+        if (J < t.J0 || J >= t.J1 || I == (p->groups - 1) * p->group) continue;
+        transpose_words(Qt, q_of(w, &t, 0), a->q_row, t.rows, a->dh);
+        raw_logits(&w->room, &keys, Qt, &view, raw);
+        select_words(a, raw, F, carry + j0, t.rows, (int)(j1 - j0), view.lanes, j0, off);
     }
-    end_carry(w, carry, j0, j1);
 }
 
 /* One sequence by all threads: carries of all groups first, then the groups are independent. */
@@ -408,7 +596,8 @@ static void forward_shared(const sel_attention *a, const words_plan *p, int64_t 
         float *const carry = w.scratch + p->carry;
 
         #pragma omp for schedule(static)
-        for (int64_t J = 0; J < p->columns; J++) pack_keys(&w, J);
+        for (int64_t J = 0; J < p->columns; J++) pack_keys(&w, 0, a->kv_heads, J);
+        w.packed = true;
         if (a->selective) {
             #pragma omp for schedule(dynamic, 1)
             for (int64_t J = 0; J < p->columns; J++) carry_column(&w, J);
@@ -418,6 +607,7 @@ static void forward_shared(const sel_attention *a, const words_plan *p, int64_t 
             const int64_t g = p->groups - 1 - k;
             if (a->selective) memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
+            if (a->selective && g == p->groups - 1) end_carry(&w, carry);
         }
         #pragma omp critical(attention_memory)
         if (w.m_max > best.m_max || (w.m_max == best.m_max && w.m_row < best.m_row)) {

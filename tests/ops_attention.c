@@ -9,6 +9,47 @@
  */
 #include "tests/attention_case.h"
 
+static double farthest;   /* of two kernels from each other, over the bound */
+
+/* With bfloat16 operands all kernels round the same values: they are nearer to each other than to the reference. */
+static void check_agree(const problem *p, const sel_ops *ops, const outcome *o, const outcome *first)
+{
+    const float *const x[] = { o->out, o->dq, o->dk, o->dv, o->dsel_q, o->dsel_k };
+    const float *const y[] = { first->out, first->dq, first->dk, first->dv, first->dsel_q, first->dsel_k };
+    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p), sel_count(p), sel_count(p) };
+    const double output = norm(p->dout, q_count(p));
+    for (int c = 0; c < 6; c++) {
+        double difference = 0.0, size = 0.0;
+        for (int64_t i = 0; i < counts[c]; i++) {
+            difference += ((double)x[c][i] - (double)y[c][i]) * ((double)x[c][i] - (double)y[c][i]);
+            size += (double)y[c][i] * (double)y[c][i];
+        }
+        const double bound = p->a.selective && !p->a.relu ? BOUND_BF16 : AGREE_BF16;
+        const double limit = bound * sqrt(size) + EXP_BF16 * output * (p->a.N == 1);
+        CHECK(sqrt(difference) <= limit, "%s, %s: result %d is %.3g from that of %s", sel_cpu_level_name(ops->level),
+              p->name, c, sqrt(difference / size), sel_cpu_level_name(tables[0].level));
+        if (p->a.N > 1 && limit > 0.0) farthest = fmax(farthest, sqrt(difference) / limit);
+    }
+}
+
+static void check_whole(const problem *p, int threads, arrangement how)
+{
+    char text[64];
+    outcome first;
+    snprintf(text, sizeof text, "%d threads, %s", threads, how == PACKED ? "packed" : "apart");
+    for (int l = 0; l < levels; l++) {
+        outcome o = run(p, &tables[l], threads, how, (const int64_t[]){ 0, p->a.N }, 1);
+        check_outcome(p, &tables[l], text, &o);
+        if (l == 0) {
+            first = o;
+            continue;
+        }
+        if (bfloat16) check_agree(p, &tables[l], &o, &first);
+        outcome_free(&o);
+    }
+    outcome_free(&first);
+}
+
 /* Without selection nothing is the source of it. */
 static bool has_source(int s, selection_source source) { return source == HEAD0 || switches[s].selective; }
 

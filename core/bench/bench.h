@@ -23,7 +23,8 @@ typedef struct {
     double gflops, share_of_peak;               /* products: of the peak in the same rounds */
     double gbytes_per_second, share_of_copy;    /* memory-bound parts: of the copy bandwidth in the same rounds */
     double tokens_per_second;                   /* steps */
-    double seconds_share;                       /* parts of a step: of the step's seconds */
+    double seconds_share;                       /* parts of a step: of the step's seconds; dead keys: of all keys' */
+    double live_share;                          /* dead keys: pairs computed, of all */
 } sel_bench_result;
 
 typedef struct {
@@ -47,6 +48,11 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out);
 /* Attention, selective and standard, forward and backward, at context N: `batch` sequences.  FLOPs: forward
    4 dh N (N + 1) / 2 a head, backward 2.5 times that. */
 sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
+                               sel_bench_results *out);
+
+/* Selective attention where 1/2, 1/4, 1/8, 1/16 of the pairs of a row and a key are alive, beside all keys; FLOPs as if
+   all were. */
+sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
                                sel_bench_results *out);
 
 /* The memory-bound operations on `rows` rows of width D, beside a copy of memory. */

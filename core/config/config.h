@@ -14,6 +14,7 @@ typedef enum { SEL_SOURCE_HEAD0, SEL_SOURCE_BILINEAR } sel_selection_source;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_ON_NAN_STOP, SEL_ON_NAN_SKIP } sel_on_nan;
+typedef enum { SEL_DEAD_KEYS_OFF, SEL_DEAD_KEYS_ROUNDING, SEL_DEAD_KEYS_EXACT } sel_dead_keys;
 
 typedef struct sel_config {
     struct {
@@ -31,6 +32,7 @@ typedef struct sel_config {
             sel_selection_source source;
         } selection;
         struct { double epsilon, tau; } memory_loss;
+        sel_dead_keys dead_keys;
     } attention;
     struct {
         char train[SEL_PATH_MAX], validation[SEL_PATH_MAX], tokenizer[SEL_PATH_MAX];

@@ -58,8 +58,9 @@ const sel_key sel_keys[] = {
      .help = "weight of the memory loss; 0: none"},
     {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6, .preset = "1",
      .help = "F at which a token counts as fully masked"},
-    {"attention.dead_keys", SEL_KEY_WORD, NO_FIELD, .preset = "off", .choices = "off", .later = "exact|rounding",
-     .help = "leaving masked keys out of the computation"},
+    {"attention.dead_keys", SEL_KEY_CHOICE, AT(attention.dead_keys), .preset = "rounding",
+     .choices = "off|rounding|exact", .help = "keys masked beyond return are left out: once they are below the last "
+                                              "bit of the sum, or exactly 0; off without relu"},
 
     {"data.train", SEL_KEY_TEXT, AT(data.train), .preset = "", .no_list = NO_MIXTURE, .help = "packed folder"},
     {"data.validation", SEL_KEY_TEXT, AT(data.validation), .preset = "", .no_list = NO_MIXTURE,
@@ -131,7 +132,7 @@ const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);
 _Static_assert(sizeof sel_keys / sizeof *sel_keys <= SEL_KEYS_MAX, "SEL_KEYS_MAX is too small");
 _Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_selection_source) == sizeof(int) &&
                    sizeof(sel_backend_name) == sizeof(int) && sizeof(sel_precision) == sizeof(int) &&
-                   sizeof(sel_on_nan) == sizeof(int),
+                   sizeof(sel_on_nan) == sizeof(int) && sizeof(sel_dead_keys) == sizeof(int),
                "fields of choices are read and written as int");
 
 int sel_key_find(const char *key)

@@ -20,7 +20,9 @@ sel_attention_options sel_attention_options_of(const sel_config *c)
                                     .protect_self = c->attention.selection.protect_self,
                                     .shift = c->attention.selection.shift,
                                     .epsilon = c->attention.memory_loss.epsilon,
-                                    .tau = c->attention.memory_loss.tau };
+                                    .tau = c->attention.memory_loss.tau,
+                                    .dead_keys = c->attention.selection.relu ? c->attention.dead_keys
+                                                                             : SEL_DEAD_KEYS_OFF };
 }
 
 double sel_model_flops(const sel_dims *d, int64_t tokens, int64_t n)
@@ -63,6 +65,7 @@ static void plan_kept(sel_model *m, arena *a, sel_kept *k)
     k->lse = floats(a, T * d->H);
     k->saved = train && m->opt.attention.selective ? floats(a, b * sel_attention_saved_size(n)) : NULL;
     k->m_row = take(a, b, sizeof *k->m_row);
+    k->dead_after = floats(a, b);
     k->x_mid = train ? floats(a, T * d->D) : m->x;
     k->rstd2 = floats(a, T);
     k->gu = floats(a, T * 2 * d->F);
@@ -78,7 +81,9 @@ static size_t attention_bytes(const sel_model *m)
             a.i0 = m->layout->dims.N - m->opt.tokens;
             a.i1 = m->layout->dims.N;
         }
+        const float known_later = 0.0f;
         if (m->opt.use != SEL_USE_TRAIN) a.saved = NULL;
+        if (sel_model_leaves_out(m)) a.dead_after = &known_later;
         const size_t forward = sel_attention_workspace(&a, false);
         const size_t backward = m->opt.use == SEL_USE_TRAIN ? sel_attention_workspace(&a, true) : 0;
         if (forward > bytes) bytes = forward;
@@ -115,6 +120,8 @@ static void plan_memory(sel_model *m, arena *a)
     m->inputs = take(a, T, sizeof *m->inputs);
     m->targets = take(a, T, sizeof *m->targets);
     m->m_max = take(a, b, sizeof *m->m_max);
+    m->live = take(a, b, sizeof *m->live);
+    m->live_share = take(a, d->L, sizeof *m->live_share);
     m->attention = take(a, (int64_t)attention_bytes(m), 1);
 
     if (m->opt.use == SEL_USE_TRAIN) {

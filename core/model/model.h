@@ -27,6 +27,7 @@ typedef enum {
 typedef struct {
     bool selective, relu, protect_bos, protect_self, shift;
     double epsilon, tau;
+    sel_dead_keys dead_keys;      /* section 3.1; off where it cannot be: without relu, in decoding */
 } sel_attention_options;
 
 typedef struct {
@@ -75,6 +76,10 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, cons
    had the largest logit.  Targets < 0 are padding: not counted, logp 0. */
 sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
                            double *logp, uint8_t *best, sel_batch_stats *stats);
+
+/* Pairs of a query and a key that layer l's attention computed in the last call of sel_model_train or _score, as a
+   share of all n (n + 1) / 2 of its sequences: 1 unless dead keys were left out. */
+double sel_model_live_keys(const sel_model *m, int64_t l);
 
 /* Decoding: n more tokens of each of `batch` sequences, tokens [batch][n], after those
    cached.  logits [batch][V] of the last one.  SEL_EUSER when the context is full. */

@@ -19,6 +19,7 @@ typedef struct {
     float *lse;       /* [batch][H][tokens] */
     float *saved;     /* [batch][carries][tokens] */
     int64_t *m_row;   /* [batch]  row of the memory loss */
+    float *dead_after; /* [batch]  F beyond which a key is left out */
     float *x_mid;     /* [T][D]   residual stream between the two halves */
     float *rstd2;     /* [T]      of the feed-forward norm */
     float *gu;        /* [T][2 F] gate, up */
@@ -55,6 +56,8 @@ struct sel_model {
     uint8_t *best;                /* [logit_rows] */
     int32_t *inputs, *targets;    /* [T] */
     double *m_max;                /* [batch] */
+    double *live;                 /* [batch]  pairs of a row and a live key */
+    double *live_share;           /* [L]  of the last call */
     void *attention;              /* attention's workspace */
 
     /* training */
@@ -85,6 +88,13 @@ static inline int pass_threads(const sel_model *m, int64_t rows) { return rows <
 /* The attention call of layer l for `batch` sequences of n tokens, without a cache: q and k normed in m->qk, v in
    the layer's qkv. */
 sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n);
+
+/* Whether attention leaves out dead keys (spec, section 3.1). */
+static inline bool sel_model_leaves_out(const sel_model *m)
+{
+    return m->opt.attention.selective && m->opt.attention.dead_keys != SEL_DEAD_KEYS_OFF &&
+           m->opt.use != SEL_USE_DECODE;
+}
 
 /* Residual stream through all layers: m->inputs [batch][n] to m->x.  (forward.c) */
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory);

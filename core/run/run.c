@@ -164,7 +164,7 @@ sel_status sel_run_cut_metrics(sel_run *r, int64_t step)
 
 /* A row as it grows; what does not fit is counted and not written. */
 typedef struct {
-    char text[4096];
+    char text[65536];     /* a number a layer, at most 4,096 layers, among others */
     size_t length;
 } row_text;
 
@@ -214,6 +214,8 @@ static sel_status format_row(row_text *t, const sel_metrics *m)
             if (m->has_memory_loss) add_number(t, "memory_loss", m->memory_loss);
             add_number(t, "lr", m->lr);
             add_number(t, "grad_norm", m->grad_norm);
+            for (int64_t l = 0; m->live_keys && l < m->layers; l++)
+                add(t, "%s%.4f%s", l ? "," : ",\"live_keys\":[", m->live_keys[l], l + 1 < m->layers ? "" : "]");
         }
         add(t, ",\"tokens\":%" PRId64, m->tokens);
         if (m->has_train) {

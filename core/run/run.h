@@ -25,6 +25,8 @@ sel_status sel_run_cut_metrics(sel_run *r, int64_t step);
 typedef struct {
     int64_t step, tokens;
     double loss, memory_loss, lr, grad_norm, tokens_per_second, mfu, seconds;
+    const double *live_keys;             /* [layers] shares of live keys in a micro-batch of rank 0; NULL: none */
+    int64_t layers;
     bool has_memory_loss, has_train;     /* has_train false: a row of validation or an event only */
     double val_loss;
     int64_t val_tokens;

@@ -105,6 +105,10 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
         row->memory_loss = s->memory_loss;
         row->lr = s->lr;
         row->grad_norm = s->grad_norm;
+        if (c->attention.kind == SEL_KIND_SELECTIVE && c->attention.dead_keys != SEL_DEAD_KEYS_OFF) {
+            row->live_keys = t->live_keys;
+            row->layers = t->layout->dims.L;
+        }
         row->tokens_per_second = (double)tokens / seconds;
         row->mfu = sel_model_flops(&t->layout->dims, tokens, c->model.context) / seconds /
                    (t->peak_gflops * 1e9 * sel_comm_size(t->comm));

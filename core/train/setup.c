@@ -150,6 +150,8 @@ static sel_status make_model(sel_trainer *t)
     t->grads = new_array(t, "gradients");
     t->exp_avg = new_array(t, "first moments");
     t->exp_avg_sq = new_array(t, "second moments");
+    t->live_keys = sel_alloc((size_t)dims.L * sizeof *t->live_keys, "shares of live keys");
+    if (!t->live_keys) return SEL_ENOMEM;
     t->tokens = sel_alloc((size_t)(t->micro * (dims.N + 1)) * sizeof *t->tokens, "tokens of a micro-batch");
     if (!t->params || !t->grads || !t->exp_avg || !t->exp_avg_sq || !t->tokens) return SEL_ENOMEM;
 
@@ -358,6 +360,7 @@ void sel_trainer_close(sel_trainer *t)
     sel_free(t->grads);
     sel_free(t->exp_avg);
     sel_free(t->exp_avg_sq);
+    sel_free(t->live_keys);
     sel_free(t->tokens);
     free(t->skipped);
     sel_tokenizer_close(&t->tokenizer);

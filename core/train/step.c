@@ -57,6 +57,7 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, doub
         sel_fault("forward", step, "");
         SEL_TRY(sel_model_train(t->model, t->params, t->grads, t->tokens, t->micro, N, loss_scale, memory_scale,
                                 last ? gradients_ready : NULL, &to, &stats));
+        for (int64_t l = 0; l < t->layout->dims.L; l++) t->live_keys[l] = sel_model_live_keys(t->model, l);
         sums[SUM_LOSS] += stats.loss;
         sums[SUM_MEMORY] += stats.memory;
         sums[SUM_TOKENS] += (double)stats.tokens;

@@ -32,6 +32,7 @@ typedef struct sel_trainer {
 
     int64_t first, count, micro;     /* this rank's samples of a batch; how many at once */
     int32_t *tokens;                 /* [micro][N + 1] */
+    double *live_keys;               /* [layers] of the last micro-batch: shares of the pairs that attention computed */
     int threads;
     double peak_gflops;
 

@@ -1,0 +1,311 @@
+/* attention_words_gradients.h: one tile of the backward pass for AVX-512: knows its operands, not where in a sequence
+ * they lie.  Included by attention_words_backward.h.
+ *
+ * Two things besides the arithmetic cost time, and both are spread over the products: what comes next is fetched into
+ * cache a few lines a step (fetch_queue), and the exponentials of a block of logits are taken while its dP is summed.
+ * The sums dV, dK and dQ run over two tiles before they are stored.
+ */
+#ifndef SEL_OPS_ATTENTION_WORDS_GRADIENTS_H
+#define SEL_OPS_ATTENTION_WORDS_GRADIENTS_H
+
+#include "ops/attention_words_forward.h"
+
+/* TILE keys of one head, and where their gradients gather. */
+typedef struct {
+    const word *k, *v;        /* [TILE][dh / PAIR] */
+    const word *pairs;        /* k by pairs of keys, [TILE_WORDS][dh]; float32: k */
+    float *dk, *dv;           /* [TILE][dh] */
+} gradient_keys;
+
+/* TILE queries of one head. */
+typedef struct {
+    const word *qt, *dot;     /* Q^T, dO^T [dh / PAIR][TILE] */
+    const word *q, *dout;     /* by pairs of rows (float32: by row), [TILE_WORDS][dh] */
+    const float *lse, *delta; /* [TILE]; lse in log2; NO_ROW where there is no row */
+    float *dq;                /* dQ^T [dh][TILE] */
+} gradient_rows;
+
+/* Where they meet: P and dZ as words. */
+typedef struct {
+    tile_view view;
+    int64_t col0;             /* position of the first key: position 0 may be protected */
+    int rows, cols;           /* real ones */
+    word *p, *z;              /* [TILE keys][TILE_WORDS]: pairs of queries */
+    word *zk;                 /* [TILE_WORDS][TILE]: pairs of keys; float32: z */
+} gradient_tile;
+
+#define NO_ROW 1e30f    /* log-sum-exp of lanes that are no rows: P = 0 */
+
+static gradient_tile new_gradient_tile(int64_t off, int64_t col0, int rows, int cols, word *p, word *z, word *zk)
+{
+    return (gradient_tile){ .view = view_of(off, 0, rows), .col0 = col0, .rows = rows, .cols = cols, .p = p, .z = z,
+                            .zk = WORD_BF16 ? zk : z };
+}
+
+/* What a thread works with. */
+typedef struct {
+    int64_t dh;
+    float scale;              /* log2(e) / sqrt(dh) */
+    fetch_queue next;
+} gradient_room;
+
+/* gcc (12) would take the products to where their sum is needed, past the exponentials: their factors, 80 vectors, then
+   have to be kept in memory. */
+#define HERE(x) __asm__ volatile("" : "+v"(x))
+#define APART    static __attribute__((noinline))   /* inlined in one another they are short of registers, too */
+
+/* acc[r][v] += sum over k in [0, K) of A[r am + k ak] * B[k ldb + 16 v ..] for v0 <= v < v1. */
+INLINE void sum_rows(const int v0, const int v1, int64_t K, const word *A, int64_t am, int64_t ak, const word *B,
+                     int64_t ldb, fetch_queue *next, __m512 acc[8][2])
+{
+    enum { STEP = 8 / PAIR };
+    int64_t k = 0;
+    for (; k + STEP <= K; k += STEP) {
+        fetch_some(next);
+        #pragma GCC unroll 8
+        for (int s = 0; s < STEP; s++) {
+            __m512i b[2];
+            for (int v = v0; v < v1; v++) b[v] = _mm512_loadu_si512(B + (k + s) * ldb + v * V16);
+            #pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                const __m512i x = _mm512_set1_epi32((int)A[r * am + (k + s) * ak]);
+                for (int v = v0; v < v1; v++) acc[r][v] = dot(acc[r][v], x, b[v]);
+            }
+        }
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++)
+            for (int v = v0; v < v1; v++) HERE(acc[r][v]);
+    }
+    for (; k < K; k++)
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            const __m512i x = _mm512_set1_epi32((int)A[r * am + k * ak]);
+            for (int v = v0; v < v1; v++) acc[r][v] = dot(acc[r][v], x, _mm512_loadu_si512(B + k * ldb + v * V16));
+        }
+}
+
+/* Row r of a block: P from its logits x [8][32] (less F), which it replaces, and as words at P. */
+INLINE void exponentiate_row(const int v0, float *x, int r, __m512 c, const float *lse, word *P)
+{
+    __m512 p[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
+    for (int v = v0; v < 2; v++) {
+        float *const at = x + r * 32 + v * V16;
+        p[v] = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(at), c, _mm512_loadu_ps(lse + v * V16)));
+        _mm512_storeu_ps(at, p[v]);
+    }
+#if WORD_BF16
+    _mm512_storeu_si512(P + r * TILE_WORDS, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
+#else
+    for (int v = v0; v < 2; v++) _mm512_storeu_ps((float *)P + r * TILE_WORDS + v * V16, p[v]);
+#endif
+}
+
+/* Rows r, r + 1 of a block of dZ as words, by pairs of queries at z and by pairs of keys at zk. */
+INLINE void store_gradients(const int v0, __m512 x[2], __m512 y[2], word *z, word *zk)
+{
+#if WORD_BF16
+    static const uint16_t low[32] = { 0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47 };
+    const __m512i first = _mm512_loadu_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    if (v0) x[0] = y[0] = _mm512_setzero_ps();
+    const __m512i a = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]), b = (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]);
+    _mm512_storeu_si512(z, a);
+    _mm512_storeu_si512(z + TILE_WORDS, b);
+    if (!v0) _mm512_storeu_si512(zk, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_storeu_si512(zk + V16, _mm512_permutex2var_epi16(a, second, b));
+#else
+    (void)zk;
+    for (int v = v0; v < 2; v++) {
+        _mm512_storeu_ps((float *)z + v * V16, x[v]);
+        _mm512_storeu_ps((float *)z + TILE_WORDS + v * V16, y[v]);
+    }
+#endif
+}
+
+/* P and dZ of 8 keys from j0 on, for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them. */
+INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
+                           const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
+                           float *Z0, int lane, int j0)
+{
+    const int64_t kw = m->dh / PAIR, steps = 8 / PAIR, each = kw >= 8 * steps ? 1 : 8 * steps / kw;
+    const __m512 c = _mm512_set1_ps(m->scale);
+    float x[8 * 32] __attribute__((aligned(64)));
+    __m512 acc[8][2];
+    int done = 0;
+
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        for (int v = v0; v < 2; v++) {
+            const int at = (j0 + r) * TILE + lane + v * V16;
+            acc[r][v] = NF ? _mm512_loadu_ps(NF + at) : _mm512_setzero_ps();
+            if (L0) acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_loadu_ps(L0 + at));
+        }
+    if (!L0) sum_rows(v0, 2, kw, keys->k + j0 * kw, kw, 1, rows->qt + lane, TILE, &m->next, acc);
+    if (lane + v0 * V16 + t->view.off < j0 + 7) hide_unseen(v0, acc, &t->view, lane, j0);
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        for (int v = v0; v < 2; v++) {
+            _mm512_store_ps(x + r * 32 + v * V16, acc[r][v]);
+            acc[r][v] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(rows->delta + lane + v * V16));
+        }
+    const word *A = keys->v + j0 * kw, *B = rows->dot + lane;
+    for (int64_t k = 0; k < kw; k += steps, A += steps, B += steps * TILE) {
+        __asm__("" : "+r"(A), "+r"(B));   /* two pointers move, not one for each word of a step */
+        sum_rows(v0, 2, steps, A, kw, 1, B, TILE, &m->next, acc);
+        for (int64_t n = 0; n < each && done < 8; n++, done++) {
+            const int at = (j0 + done) * TILE + lane;
+            exponentiate_row(v0, x, done, c, rows->lse + lane, t->p + j0 * TILE_WORDS + lane / PAIR);
+            if (!NF) continue;
+            for (int v = v0; v < 2; v++) {   /* into the first cache: this block's G, -F of the next */
+                _mm_prefetch((const char *)(G + at + v * V16), _MM_HINT_T0);
+                _mm_prefetch((const char *)(NF + at + 8 * TILE + v * V16), _MM_HINT_T0);
+            }
+        }
+    }
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        for (int v = v0; v < 2; v++) {
+            const int at = (j0 + r) * TILE + lane + v * V16;
+            acc[r][v] = _mm512_mul_ps(acc[r][v], _mm512_load_ps(x + r * 32 + v * V16));
+            if (G) _mm512_storeu_ps(G + at, fresh ? acc[r][v] : _mm512_add_ps(_mm512_loadu_ps(G + at), acc[r][v]));
+            if (Z0) _mm512_storeu_ps(Z0 + at, acc[r][v]);
+        }
+    #pragma GCC unroll 4
+    for (int r = 0; r < 8 && !Z0; r += 2)
+        store_gradients(v0, acc[r], acc[r + 1], t->z + (j0 + r) * TILE_WORDS + lane / PAIR,
+                        t->zk + (j0 + r) / PAIR * TILE + lane);
+}
+
+/* P and dZ of one tile of one head.  L0: head 0's logits where they are known, NF: -F, G: += dZ, or = dZ where fresh
+   (all [j][TILE], NULL where there is none); Z0: where head 0's dZ goes, as floats, to be changed before it becomes
+   words, else NULL. */
+APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
+                           const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
+                           float *Z0)
+{
+    for (int lane = 0; lane < t->view.lanes; lane += 32) {
+        const int low = end_block(&t->view, lane), high = end_block(&t->view, lane + V16);
+        for (int jb = 0; jb < low; jb++) gradient_block(0, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+        for (int jb = low; jb < high; jb++) gradient_block(1, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+    }
+}
+
+/* Head 0's dZ (floats [j][TILE]) plus what comes through F: dF = -G, summed over later rows, passes where S took the
+   logit.  Leaves it as words; dcarry [cols] moves on. */
+APART void selection_words(const sel_attention *a, const gradient_tile *t, const float *L0, const float *G, float *Z0,
+                            float *dcarry)
+{
+    const __m512 zero = _mm512_setzero_ps();
+
+    for (int j = 0; j < t->cols; j++) {
+        float base = dcarry[j];
+        for (int v = t->view.lanes - V16; v >= 0; v -= V16) {
+            if (end_block(&t->view, v) * 8 <= j) continue;
+            const int at = j * TILE + v;
+            const __m512 sum = scan_down(_mm512_sub_ps(zero, _mm512_loadu_ps(G + at)));
+            const __m512 after =
+                _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
+            const __m512 ds = _mm512_add_ps(a->shift ? after : sum, _mm512_set1_ps(base));
+            __mmask16 passes = selects(a, v, j, t->col0, t->view.off, t->rows);
+            if (a->relu) passes &= _mm512_cmp_ps_mask(_mm512_loadu_ps(L0 + at), zero, _CMP_GT_OQ);
+            const __m512 z = _mm512_loadu_ps(Z0 + at);
+            _mm512_storeu_ps(Z0 + at, _mm512_mask_add_ps(z, passes, z, ds));
+            base += _mm512_cvtss_f32(sum);
+        }
+        dcarry[j] = base;
+    }
+    for (int lane = 0; lane < t->view.lanes; lane += 32) {
+        const int low = end_block(&t->view, lane) * 8, high = end_block(&t->view, lane + V16) * 8;
+        for (int j = 0; j < high; j += 2) {
+            word *const z = t->z + j * TILE_WORDS + lane / PAIR, *const zk = t->zk + j / PAIR * TILE + lane;
+            __m512 x[2], y[2];
+            for (int v = 0; v < 2; v++) {
+                x[v] = _mm512_loadu_ps(Z0 + j * TILE + lane + v * V16);
+                y[v] = _mm512_loadu_ps(Z0 + (j + 1) * TILE + lane + v * V16);
+            }
+            if (j < low) store_gradients(0, x, y, z, zk);
+            else store_gradients(1, x, y, z, zk);
+        }
+    }
+}
+
+/* One tile's part of a sum over queries: A by pairs of queries (P or dZ), B the queries' rows. */
+typedef struct {
+    const word *A, *B;
+    int64_t off;
+    int rows;
+} query_sum;
+
+INLINE void query_sum_block(const int nv, int64_t dh, int n, const query_sum *part, int j0, int64_t d, float *C,
+                            bool fresh, fetch_queue *next)
+{
+    __m512 acc[8][2];
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < nv; v++)
+            acc[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(C + (j0 + r) * dh + d + v * V16);
+    for (int i = 0; i < n; i++) {
+        const int64_t first = j0 > part[i].off ? (j0 - part[i].off) / PAIR : 0;   /* earlier ones do not see the keys */
+        const int64_t most = (part[i].rows + PAIR - 1) / PAIR;
+        if (first < most)
+            sum_rows(0, nv, most - first, part[i].A + j0 * TILE_WORDS + first, TILE_WORDS, 1,
+                     part[i].B + first * dh + d, dh, next, acc);
+    }
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < nv; v++) _mm512_storeu_ps(C + (j0 + r) * dh + d + v * V16, acc[r][v]);
+}
+
+/* C [cols][dh] (+)= the sum over the queries of n tiles: dV from P and dO, dK from dZ and Q. */
+APART void sum_over_queries(gradient_room *m, int n, const query_sum *part, int cols, float *C, bool fresh)
+{
+    const int64_t dh = m->dh;
+    for (int64_t d = 0; d < dh; d += 32)
+        for (int j0 = 0; j0 < cols; j0 += 8)
+            if (d + 32 <= dh) query_sum_block(2, dh, n, part, j0, d, C, fresh, &m->next);
+            else query_sum_block(1, dh, n, part, j0, d, C, fresh, &m->next);
+}
+
+/* dV and dK of a column tile from n tiles of queries. */
+static void key_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_rows *const *rows,
+                          const gradient_keys *keys, bool fresh)
+{
+    query_sum part[SIDE];
+    for (int i = 0; i < n; i++)
+        part[i] = (query_sum){ .A = t[i]->p, .B = rows[i]->dout, .off = t[i]->view.off, .rows = t[i]->rows };
+    sum_over_queries(m, n, part, t[0]->cols, keys->dv, fresh);
+    for (int i = 0; i < n; i++) {
+        part[i].A = t[i]->z;
+        part[i].B = rows[i]->q;
+    }
+    sum_over_queries(m, n, part, t[0]->cols, keys->dk, fresh);
+}
+
+/* dQ^T of a row tile from n tiles of keys. */
+APART void query_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_keys *const *keys,
+                            float *dq, bool fresh)
+{
+    const int64_t dh = m->dh;
+    for (int lane = 0; lane < t[0]->view.lanes; lane += 32)
+        for (int64_t d = 0; d < dh; d += 8) {
+            float *const C = dq + d * TILE + lane;
+            __m512 acc[8][2];
+            #pragma GCC unroll 8
+            for (int r = 0; r < 8; r++)
+                for (int v = 0; v < 2; v++)
+                    acc[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(C + r * TILE + v * V16);
+            for (int i = 0; i < n; i++) {
+                const int64_t low = end_block(&t[i]->view, lane) * 8 / PAIR;
+                const int64_t high = end_block(&t[i]->view, lane + V16) * 8 / PAIR;
+                const word *const K = keys[i]->pairs + d, *const Z = t[i]->zk + lane;
+                sum_rows(0, 2, low, K, 1, dh, Z, TILE, &m->next, acc);
+                if (high > low)
+                    sum_rows(1, 2, high - low, K + low * dh, 1, dh, Z + low * TILE, TILE, &m->next, acc);
+            }
+            #pragma GCC unroll 8
+            for (int r = 0; r < 8; r++)
+                for (int v = 0; v < 2; v++) _mm512_storeu_ps(C + r * TILE + v * V16, acc[r][v]);
+        }
+}
+
+#endif

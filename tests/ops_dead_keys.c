@@ -1,0 +1,191 @@
+/* Dead keys (specification, section 3.1): attention that leaves out keys whose F has passed a threshold.
+ *
+ * Against the reference, which leaves out nothing, with the same bounds as without dead keys; against the same kernel
+ * without them, to rounding; and what is left out is counted and weighed with the reference's own F.
+ */
+#include "tests/attention_case.h"
+
+#define AGREE 5e-7           /* specification: float32 with and without dead keys */
+#define EXACT 104.0
+
+static double rounding(int64_t N) { return 17.0 + log((double)N); }
+
+static double relative(const float *x, const float *y, int64_t n)
+{
+    double difference = 0.0, size = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        difference += ((double)x[i] - (double)y[i]) * ((double)x[i] - (double)y[i]);
+        size += (double)y[i] * (double)y[i];
+    }
+    return sqrt(difference / size);
+}
+
+/* The reference's logit of head h. */
+static double logit(const problem *p, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    const double *q = p->q + ((b * p->a.N + i) * p->a.H + h) * p->a.dh;
+    const double *k = p->k + ((b * p->a.N + j) * p->a.Hkv + h * p->a.Hkv / p->a.H) * p->a.dh;
+    double s = 0.0;
+    for (int64_t d = 0; d < p->a.dh; d++) s += q[d] * k[d];
+    return s / sqrt((double)p->a.dh);
+}
+
+/* By the reference's F: how many pairs of a row and a live key there are, give or take those at the threshold, and that
+   what the dead ones weigh together is below half a unit in the last place of each row's sum. */
+static void weigh(const problem *p, const sel_ops *ops, const outcome *o)
+{
+    enum { ROWS = 64 };
+    const int64_t N = p->a.N;
+    for (int64_t b = 0; b < p->a.B; b++) {
+        double live = 0.0, doubtful = 0.0, lost = 0.0;
+        for (int64_t i = 0; i < N; i++) {
+            const int64_t began = i / ROWS * ROWS;
+            for (int64_t j = 0; j <= i; j++) {
+                /* summed over the rows before the tile: F of its first row, without shift of the row before */
+                const double f = j < began ? p->r.F[(b * N + began - !p->a.shift) * N + j] : 0.0;
+                const double over = f - (double)o->dead_after[b];
+                live += over <= 0.0;
+                doubtful += fabs(over) < 1e-3;
+                if (over <= 1e-3) continue;
+                for (int64_t h = 0; h < p->a.H; h++) {
+                    const double weight = exp(logit(p, b, h, i, j) - p->r.F[(b * N + i) * N + j] -
+                                              p->r.lse[(b * p->a.H + h) * N + i]);
+                    lost = fmax(lost, weight * (double)N);
+                }
+            }
+        }
+        CHECK(fabs(o->live[b] - live) <= doubtful * ROWS, "%s, %s: %.0f live pairs, not %.0f",
+              sel_cpu_level_name(ops->level), p->name, o->live[b], live);
+        CHECK(live < 0.75 * (double)(N * (N + 1) / 2), "%s: hardly a key dies: %.0f live pairs of %.0f", p->name, live,
+              (double)(N * (N + 1) / 2));
+        CHECK(lost < 0x1p-24, "%s, %s: dead keys weigh up to %.3g", sel_cpu_level_name(ops->level), p->name, lost);
+    }
+}
+
+static double farthest_off[2];
+
+static void check_against_off(const problem *p, const sel_ops *ops, const outcome *o, int threads, const int64_t *cuts,
+                              int n)
+{
+    /* longer sums, grouped in another way, differ more */
+    const double margin = dead_margin, bound = bfloat16 ? AGREE_BF16 : p->a.N > 2048 ? 2.0 * AGREE : AGREE;
+    dead_margin = 0.0;
+    outcome off = run(p, ops, threads, APART, cuts, n);
+    dead_margin = margin;
+    const float *const x[] = { o->out, o->dq, o->dk, o->dv }, *const y[] = { off.out, off.dq, off.dk, off.dv };
+    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p) };
+    for (int c = 0; c < 4; c++) {
+        const double r = relative(x[c], y[c], counts[c]);
+        CHECK(r <= bound, "%s, %s: result %d differs by %.3g from that without dead keys",
+              sel_cpu_level_name(ops->level), p->name, c, r);
+        farthest_off[bfloat16] = fmax(farthest_off[bfloat16], r);
+    }
+    outcome_free(&off);
+}
+
+static void check_case(const sel_ref_attention *a, int s, double margin, int threads, const int64_t *cuts, int n,
+                       uint64_t seed)
+{
+    problem p = problem_new(a, s, HEAD0, 1.0, seed);
+    for (int l = 0; l < levels; l++) {
+        dead_margin = margin;
+        outcome o = run(&p, &tables[l], threads, n > 1 ? PACKED : APART, cuts, n);
+        check_outcome(&p, &tables[l], "dead keys", &o);
+        if (n == 1) weigh(&p, &tables[l], &o);
+        check_against_off(&p, &tables[l], &o, threads, cuts, n);
+        outcome_free(&o);
+        dead_margin = 0.0;
+    }
+    problem_free(&p);
+}
+
+static void check_cases(bool quick)
+{
+    static const int sets[] = { 1, 3, 4, 5, 6 };    /* those with relu */
+    static const int64_t shapes[][4] = { { 1, 3, 1, 64 }, { 2, 4, 2, 32 }, { 3, 2, 2, 16 }, { 1, 1, 1, 64 }, { 2, 3, 3, 40 } };
+    for (int c = 0; c < 10; c++) {
+        if (quick && c % 3) continue;
+        const int64_t N = c % 2 ? 513 : 400, *const shape = shapes[c % 5];
+        const sel_ref_attention a = { .B = shape[0], .H = shape[1], .Hkv = shape[2], .dh = shape[3], .N = N,
+                                      .tau = c % 3 ? 1.0 : 0.0 };
+        const int64_t whole[] = { 0, N }, cuts[] = { 0, 131, 320, N };
+        check_case(&a, sets[c / 2], rounding(N), 1 + c % 3, whole, 1, 100 + (uint64_t)c);
+        check_case(&a, sets[c / 2], rounding(N), 1 + c % 3, cuts, 3, 200 + (uint64_t)c);
+    }
+    const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 3, .dh = 64, .N = 700, .tau = 1.0 };
+    check_case(&a, 1, EXACT, 2, (const int64_t[]){ 0, 700 }, 1, 300);
+}
+
+static bool same(const float *x, const float *y, int64_t n) { return memcmp(x, y, (size_t)n * 4) == 0; }
+
+/* Forward is the same to the bit on any number of threads, backward on the same number. */
+static void check_threads(void)
+{
+    const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 1, .dh = 64, .N = 513, .tau = 1.0 };
+    problem p = problem_new(&a, 1, HEAD0, 1.0, 400);
+    const int64_t whole[] = { 0, a.N };
+    dead_margin = rounding(a.N);
+    for (int l = 0; l < levels; l++) {
+        outcome one = run(&p, &tables[l], 1, APART, whole, 1);
+        for (int t = 1; t <= 3; t++) {
+            outcome x = run(&p, &tables[l], t, APART, whole, 1), y = run(&p, &tables[l], t, APART, whole, 1);
+            const char *const level = sel_cpu_level_name(tables[l].level);
+            CHECK(same(one.out, x.out, q_count(&p)) && same(one.lse, x.lse, a.H * a.N) && one.live[0] == x.live[0] &&
+                      one.m_max[0] == x.m_max[0] && one.m_row[0] == x.m_row[0],
+                  "%s: forward on %d threads has other bits", level, t);
+            CHECK(same(x.out, y.out, q_count(&p)) && same(x.dq, y.dq, q_count(&p)) && same(x.dk, y.dk, k_count(&p)) &&
+                      same(x.dv, y.dv, k_count(&p)),
+                  "%s: two runs on %d threads differ", level, t);
+            outcome_free(&x);
+            outcome_free(&y);
+        }
+        outcome_free(&one);
+    }
+    dead_margin = 0.0;
+    problem_free(&p);
+}
+
+/* Above 4,096 rows several row tiles share a carry, so a list. */
+static void check_long(int64_t N)
+{
+    problem p = { .a = { .B = 1, .H = 2, .Hkv = 1, .N = N, .dh = 16, .selective = true, .relu = true,
+                         .protect_bos = true, .protect_self = true, .shift = true } };
+    random_seed(500);
+    p.q = float_normals(q_count(&p), 0.25);
+    p.k = float_normals(k_count(&p), 1.0);
+    p.v = float_normals(k_count(&p), 1.0);
+    p.dout = float_normals(q_count(&p), 1.0);
+    avoid_kinks(&p);
+    snprintf(p.name, sizeof p.name, "%s N %d", bfloat16 ? "bfloat16" : "float32", (int)N);
+    for (int l = 0; l < levels; l++) {
+        const int64_t whole[] = { 0, N }, cuts[] = { 0, N / 3, N };
+        dead_margin = rounding(N);
+        for (int threads = 1; threads <= 2; threads++) {
+            outcome o = run(&p, &tables[l], threads, APART, threads == 1 ? whole : cuts, threads);
+            CHECK(o.live[0] < 0.5 * (double)(N * (N + 1) / 2), "%s: hardly a key dies", p.name);
+            check_against_off(&p, &tables[l], &o, threads, threads == 1 ? whole : cuts, threads);
+            outcome_free(&o);
+        }
+        dead_margin = 0.0;
+    }
+    free(p.q);
+    free(p.k);
+    free(p.v);
+    free(p.dout);
+}
+
+int main(void)
+{
+    const bool quick = getenv("SEL_TEST_QUICK") != NULL;
+    for (int level = SEL_CPU_C; level <= (int)sel_cpu_detect(); level++)
+        sel_ops_init(&tables[levels++], (sel_cpu_level)level);
+    for (int type = 0; type < 2; type++) {
+        bfloat16 = type == 1;
+        check_cases(quick);
+        check_threads();
+        if (!quick) check_long(4200);
+    }
+    printf("dead keys: at most %.2f of the bound (float32), %.2f (bfloat16); from those without at most %.2g, %.2g\n",
+           worst[0], worst[1], farthest_off[0], farthest_off[1]);
+    return check_verdict();
+}
