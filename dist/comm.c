@@ -15,6 +15,7 @@
 
 #include "core/base/mem.h"
 #include "dist/comm_mpi.h"
+#include "dist/tree.h"
 
 #define CHUNK_BYTES ((size_t)64 << 20)
 #define FOLD_BLOCK 64 /* doubles a rank that are folded at once: the statistics of a step fit in one */
@@ -51,6 +52,43 @@ static void meet(const sel_comm *c, const char *call, uint64_t detail)
 #endif
 }
 
+/* For tests: SELECTRA_HOSTS="2,1" makes hosts of the first two ranks and of the third.  The host of `rank`, -1 without
+   that wish. */
+static int pretended_host(int rank, int size)
+{
+    const char *text = getenv("SELECTRA_HOSTS");
+    int host = -1, sum = 0;
+
+    if (!text || !*text) return -1;
+    for (int i = 0;; i++, text++) {
+        char *end;
+        const long n = strtol(text, &end, 10);
+        if (end == text || n < 1 || n > size - sum || (*end && *end != ',')) break;
+        if (rank >= sum && rank < sum + n) host = i;
+        sum += (int)n;
+        text = end;
+        if (!*end && sum == size) return host;
+        if (!*end) break;
+    }
+    sel_fail(SEL_EUSER, "SELECTRA_HOSTS: %s: expected the ranks of each host, %d in all, with commas",
+             getenv("SELECTRA_HOSTS"), size);
+    sel_comm_die(NULL, "start");
+}
+
+/* The ranks of this host. */
+static void split_host(MPI_Comm of, MPI_Comm *host)
+{
+    int rank, size;
+
+    CK(NULL, MPI_Comm_rank(of, &rank));
+    CK(NULL, MPI_Comm_size(of, &size));
+    const int pretended = pretended_host(rank, size);
+    if (pretended >= 0)
+        CK(NULL, MPI_Comm_split(of, pretended, rank, host));
+    else
+        CK(NULL, MPI_Comm_split_type(of, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, host));
+}
+
 /* The ranks, a host's together: hosts by their lowest rank, in a host as MPI has them.  Rank 0 stays rank 0. */
 static void make_world(sel_comm *c)
 {
@@ -58,7 +96,7 @@ static void make_world(sel_comm *c)
     int first;
 
     CK(NULL, MPI_Comm_rank(MPI_COMM_WORLD, &first));
-    CK(NULL, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, first, MPI_INFO_NULL, &host));
+    split_host(MPI_COMM_WORLD, &host);
     CK(NULL, MPI_Bcast(&first, 1, MPI_INT, 0, host));
     CK(NULL, MPI_Comm_free(&host));
     CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &c->world));
@@ -66,7 +104,7 @@ static void make_world(sel_comm *c)
     CK(NULL, MPI_Comm_rank(c->world, &c->rank));
     CK(NULL, MPI_Comm_size(c->world, &c->size));
 
-    CK(c, MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &c->host));
+    split_host(c->world, &c->host);
     CK(c, MPI_Comm_set_errhandler(c->host, MPI_ERRORS_RETURN));
     CK(c, MPI_Comm_rank(c->host, &c->host_rank));
     CK(c, MPI_Comm_size(c->host, &c->host_size));
@@ -182,6 +220,11 @@ int sel_comm_hosts(const sel_comm *c)
     return c->hosts;
 }
 
+int sel_comm_host_least(const sel_comm *c)
+{
+    return c->host_least;
+}
+
 int sel_comm_host_index(const sel_comm *c)
 {
     return c->host_index;
@@ -258,42 +301,49 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
         CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
 }
 
-static double add(double a, double b)
-{
-    return a + b;
-}
-
 /* The larger one, NaN as soon as one is: MPI_MAX leaves open what becomes of NaN. */
 static double larger(double a, double b)
 {
     return a != a || a > b ? a : b;
 }
 
-/* x[i] = op(... op(op(x of rank 0, x of rank 1), x of rank 2) ...).  Every rank folds the same numbers in the same
-   order, so that the result has the same bits on all ranks, whatever algorithm the MPI library picks. */
-static void fold(sel_comm *c, double *x, int n, double (*op)(double, double))
+static double max_of(const double *x, int n, int stride)
+{
+    double most = x[0];
+    for (int r = 1; r < n; r++) most = larger(most, x[(int64_t)r * stride]);
+    return most;
+}
+
+/* x[i] = op over the ranks' x[i].  Every rank folds the same numbers in the same order, so that the result has the same
+   bits on all ranks, whatever algorithm the MPI library picks. */
+static void fold(sel_comm *c, double *x, int n, double (*op)(const double *x, int n, int stride))
 {
     for (int at = 0; at < n; at += FOLD_BLOCK) {
         const int m = n - at < FOLD_BLOCK ? n - at : FOLD_BLOCK;
         CK(c, MPI_Allgather(x + at, m, MPI_DOUBLE, c->all, m, MPI_DOUBLE, c->world));
-        for (int i = 0; i < m; i++) {
-            double acc = c->all[i];
-            for (int r = 1; r < c->size; r++) acc = op(acc, c->all[(size_t)r * (size_t)m + (size_t)i]);
-            x[at + i] = acc;
-        }
+        for (int i = 0; i < m; i++) x[at + i] = op(c->all + i, c->size, m);
     }
 }
 
 void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
-    fold(c, x, n, add);
+    fold(c, x, n, sel_tree_sum_doubles);
 }
 
 void sel_comm_max_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
-    fold(c, x, n, larger);
+    fold(c, x, n, max_of);
+}
+
+void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
+{
+    const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(double));
+
+    meet(c, __func__, (uint64_t)n);
+    for (int64_t at = 0; at < n; at += chunk)
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_DOUBLE, MPI_SUM, c->world));
 }
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
@@ -302,8 +352,6 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
 
     meet(c, __func__, (uint64_t)n);
     if (c->size == 1) return;
-    /* Which algorithm MPI takes, and thus the order of additions, follows from the count and the ranks alone;
-       chunks are cut at fixed places.  So the same ranks give the same bits, run after run. */
     for (int64_t at = 0; at < n; at += chunk) {
         const int64_t m = n - at < chunk ? n - at : chunk;
         CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));

@@ -27,6 +27,7 @@ int sel_comm_size(const sel_comm *c);
 int sel_comm_host_rank(const sel_comm *c);   /* among the ranks of this host */
 int sel_comm_host_size(const sel_comm *c);
 int sel_comm_hosts(const sel_comm *c);       /* hosts in the job */
+int sel_comm_host_least(const sel_comm *c);  /* ranks of the host that has fewest */
 int sel_comm_host_index(const sel_comm *c);  /* of this rank's host, 0 .. hosts - 1 */
 
 /* Name and version of the MPI library, one line. */
@@ -45,11 +46,14 @@ _Noreturn void sel_comm_die(const sel_comm *c, const char *where);
 /* [collective] */
 void sel_comm_barrier(sel_comm *c);
 void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root);
-/* In place, element by element in the order of the ranks: the same bits on all ranks, NaN where any rank has NaN. */
+/* In place, element by element in the tree over the ranks (tree.h): the same bits on all ranks, NaN where any rank has
+   NaN. */
 void sel_comm_sum_doubles(sel_comm *c, double *x, int n);
 void sel_comm_max_doubles(sel_comm *c, double *x, int n);
+/* In place: each number is brought by one rank, the others bring 0. */
+void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n);
 
-/* In place, float32; the same bits run after run at the same number of ranks. */
+/* In place, float32, by MPI's own all-reduce: what the benchmark compares with. */
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);
 
 /* `all` is [size][bytes] at root, not touched (may be NULL) elsewhere. */
