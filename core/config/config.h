@@ -12,12 +12,12 @@
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
-typedef enum { SEL_ON_NAN_STOP } sel_on_nan;
+typedef enum { SEL_ON_NAN_STOP, SEL_ON_NAN_SKIP } sel_on_nan;
 
 typedef struct sel_config {
     struct {
         char dir[SEL_PATH_MAX];
-        int64_t seed;
+        int64_t seed, restarts;
     } run;
     struct {
         int64_t d, width, layers, heads, kv_heads, head_width, ffn_width, context;
@@ -47,6 +47,7 @@ typedef struct sel_config {
     struct {
         struct { int64_t data, sequence; } mesh;   /* data 0: auto */
         sel_on_nan on_nan;
+        int64_t nan_rollback, watchdog_seconds;   /* watchdog_seconds 0: off */
     } dist;
     struct {
         int64_t threads;                      /* 0: what the binding allows */

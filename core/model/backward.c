@@ -1,4 +1,5 @@
 /* backward.c: the gradient of one micro-batch, by hand, from the last layer to the first. */
+#include "core/base/pulse.h"
 #include "core/model/plan.h"
 
 #include <string.h>
@@ -65,10 +66,12 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, cons
     memset(stats, 0, sizeof *stats);
     SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
+    sel_pulse_phase("backward", -1);
     SEL_TRY(sel_model_head(m, params, grads, batch * n, loss_scale, NULL, NULL, stats));
     if (ready) ready(ctx, o->final_norm, o->total);
     for (int64_t l = d->L - 1; l >= 0; l--) {
         SEL_TRY(backward_layer(m, params, grads, l, batch, n, memory_scale));
+        sel_pulse_tick();
         if (ready) ready(ctx, o->layers[l].begin, l + 1 < d->L ? o->layers[l + 1].begin : o->final_norm);
     }
     m->opt.ops->embed_backward(grads + o->tok_embed, grads + o->pos_embed, m->dx, m->inputs, batch * n, n, d->D,

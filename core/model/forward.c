@@ -1,4 +1,5 @@
 /* forward.c: tokens to the residual stream after the last layer; scoring; decoding with a cache. */
+#include "core/base/pulse.h"
 #include "core/model/plan.h"
 
 #include <string.h>
@@ -109,7 +110,10 @@ sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, i
 
     m->opt.ops->embed_forward(m->x, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed, batch * n,
                               n, m->cached, d->D, pass_threads(m, batch * n));
-    for (int64_t l = 0; l < d->L; l++) SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
+    for (int64_t l = 0; l < d->L; l++) {
+        SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
+        sel_pulse_tick();
+    }
     *memory = needed / (double)(d->L * n);
     return SEL_OK;
 }
