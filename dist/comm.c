@@ -358,6 +358,38 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
     }
 }
 
+void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,
+                          int64_t *first, int64_t *last)
+{
+    const size_t size = (size_t)c->size;
+    const int64_t range[2] = {begin, end};
+    int64_t *const ranges = calloc(size, sizeof range);
+    int *const counts = calloc(2 * size, sizeof *counts), *const at = counts ? counts + size : NULL;
+
+    meet(c, __func__, (uint64_t)most);
+    if (!ranges || !counts) {
+        sel_fail(SEL_ENOMEM, "out of memory for the ranges of %d ranks", c->size);
+        sel_comm_die(c, __func__);
+    }
+    CK(c, MPI_Allgather(range, 2, MPI_INT64_T, ranges, 2, MPI_INT64_T, c->world));
+    *first = INT64_MAX;
+    *last = 0;
+    for (size_t r = 0; r < size; r++) {
+        if (ranges[2 * r] == ranges[2 * r + 1]) continue;
+        if (ranges[2 * r] < *first) *first = ranges[2 * r];
+        if (ranges[2 * r + 1] > *last) *last = ranges[2 * r + 1];
+    }
+    if (*first > *last) *first = *last;
+    SEL_ASSERT(*last - *first <= most && most <= INT32_MAX);
+    for (size_t r = 0; r < size; r++) {
+        counts[r] = (int)(ranges[2 * r + 1] - ranges[2 * r]);
+        at[r] = counts[r] ? (int)(ranges[2 * r] - *first) : 0;
+    }
+    CK(c, MPI_Allgatherv(mine, (int)(end - begin), MPI_FLOAT, all, counts, at, MPI_FLOAT, c->world));
+    free(ranges);
+    free(counts);
+}
+
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root)
 {
     SEL_ASSERT(root >= 0 && root < c->size);

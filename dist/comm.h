@@ -56,6 +56,11 @@ void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n);
 /* In place, float32, by MPI's own all-reduce: what the benchmark compares with. */
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);
 
+/* Every rank brings floats [begin, end) of one array; together they are the stretch [*first, *last) of it without gaps
+   or overlaps, which all ranks get in `all`, room for `most`.  Empty ones are fine. */
+void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,
+                          int64_t *first, int64_t *last);
+
 /* `all` is [size][bytes] at root, not touched (may be NULL) elsewhere. */
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root);
 

@@ -353,6 +353,11 @@ void sel_reducer_piece(const sel_reducer *r, int i, int64_t *begin, int64_t *end
         *end = 0;
 }
 
+int64_t sel_reducer_stretch(const sel_reducer *r)
+{
+    return r->opt.zero ? r->cut.bucket * SEL_BLOCK : r->opt.n;
+}
+
 void sel_reducer_updated(sel_reducer *r, int i)
 {
     if (!r->opt.zero) return;

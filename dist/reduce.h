@@ -64,6 +64,9 @@ void sel_reducer_finish(sel_reducer *r);
 int  sel_reducer_pieces(const sel_reducer *r);
 void sel_reducer_piece(const sel_reducer *r, int i, int64_t *begin, int64_t *end);
 
+/* Pieces i of all ranks together are one stretch of at most so many floats. */
+int64_t sel_reducer_stretch(const sel_reducer *r);
+
 /* Pieces up to i have their new parameters: they start on their way. */
 void sel_reducer_updated(sel_reducer *r, int i);
 

@@ -273,8 +273,6 @@ static void test_values(void)
         {"attention.dead_keys=exact", "off"},
         {"checkpoint.async=true", "false"},
         {"dist.on_nan=skip", "stop"},
-        {"dist.zero=1", "the integer 0"},
-        {"dist.virtual_ranks=8", "the integer 0"},
         {"dist.mesh.sequence=2", "the integer 1"},
         {"dist.watchdog_seconds=60", "the integer 0"},
         {"compute.linear_backend=auto", "one of onednn, openblas"},

@@ -26,6 +26,9 @@ typedef struct {
     int64_t step, tokens;
     double loss, memory_loss, lr, grad_norm, tokens_per_second, mfu, seconds;
     bool has_memory_loss, has_train;     /* has_train false: a row of validation or an event only */
+    bool has_wire;                       /* several ranks: what the sums over them cost, a step */
+    double wire_bytes, wire_bytes_least, host_bytes;   /* between hosts, all ranks; the least; in hosts' memory */
+    double wire_wait_seconds, wire_hidden;             /* a rank's mean; share of their time behind computing */
     double val_loss;
     int64_t val_tokens;
     const char *event;
