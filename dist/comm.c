@@ -90,21 +90,28 @@ static void split_host(MPI_Comm of, MPI_Comm *host)
 }
 
 /* The ranks, a host's together: hosts by their lowest rank, in a host as MPI has them.  Rank 0 stays rank 0. */
-static void make_world(sel_comm *c)
+static MPI_Comm host_by_host(void)
 {
-    MPI_Comm host;
+    MPI_Comm host, world;
     int first;
 
     CK(NULL, MPI_Comm_rank(MPI_COMM_WORLD, &first));
     split_host(MPI_COMM_WORLD, &host);
     CK(NULL, MPI_Bcast(&first, 1, MPI_INT, 0, host));
     CK(NULL, MPI_Comm_free(&host));
-    CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &c->world));
+    CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &world));
+    return world;
+}
+
+/* Who is where, in a world in which a host's ranks are neighbours; `host`: the ranks of this host in it. */
+static void know_places(sel_comm *c, MPI_Comm world, MPI_Comm host)
+{
+    c->world = world;
+    c->host = host;
     CK(NULL, MPI_Comm_set_errhandler(c->world, MPI_ERRORS_RETURN));
     CK(NULL, MPI_Comm_rank(c->world, &c->rank));
     CK(NULL, MPI_Comm_size(c->world, &c->size));
 
-    split_host(c->world, &c->host);
     CK(c, MPI_Comm_set_errhandler(c->host, MPI_ERRORS_RETURN));
     CK(c, MPI_Comm_rank(c->host, &c->host_rank));
     CK(c, MPI_Comm_size(c->host, &c->host_size));
@@ -169,13 +176,36 @@ sel_status sel_comm_open(sel_comm **out, int *argc, char ***argv)
         sel_fail(SEL_ENOMEM, "out of memory");
         sel_comm_die(NULL, "sel_comm_open");
     }
-    make_world(c);
+    const MPI_Comm world = host_by_host();
+    MPI_Comm host;
+    split_host(world, &host);
+    know_places(c, world, host);
+    c->is_world = true;
     c->all = sel_alloc((size_t)c->size * FOLD_BLOCK * sizeof *c->all, "the communicator");
     if (!c->all) sel_comm_die(c, "sel_comm_open");
     know_neighbours(c);
 
     *out = c;
     return SEL_OK;
+}
+
+void sel_comm_split(sel_comm **out, sel_comm *c, int part)
+{
+    sel_comm *s = calloc(1, sizeof *s);
+    MPI_Comm world, host;
+
+    meet(c, __func__, 0);
+    if (!s) {
+        sel_fail(SEL_ENOMEM, "out of memory");
+        sel_comm_die(c, __func__);
+    }
+    CK(c, MPI_Comm_split(c->world, part, c->rank, &world));
+    CK(c, MPI_Comm_split(c->host, part, c->rank, &host));
+    know_places(s, world, host);
+    s->all = sel_alloc((size_t)s->size * FOLD_BLOCK * sizeof *s->all, "the communicator");
+    if (!s->all) sel_comm_die(c, __func__);
+    know_neighbours(s);
+    *out = s;
 }
 
 void sel_comm_close(sel_comm **c)
@@ -187,7 +217,7 @@ void sel_comm_close(sel_comm **c)
     if (!over) {
         CK(*c, MPI_Comm_free(&(*c)->host));
         CK(*c, MPI_Comm_free(&(*c)->world));
-        CK(*c, MPI_Finalize());
+        if ((*c)->is_world) CK(*c, MPI_Finalize());
     }
     sel_free((*c)->all);
     free((*c)->pids);
@@ -348,14 +378,27 @@ void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
 {
-    const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(float));
+    const int64_t chunk = INT32_MAX / 2;
 
     meet(c, __func__, (uint64_t)n);
-    if (c->size == 1) return;
-    for (int64_t at = 0; at < n; at += chunk) {
-        const int64_t m = n - at < chunk ? n - at : chunk;
-        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));
-    }
+    for (int64_t at = 0; at < n; at += chunk)
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_FLOAT, MPI_SUM, c->world));
+}
+
+void sel_comm_scatter_floats(sel_comm *c, const float *x, float *out, int64_t n)
+{
+    meet(c, __func__, (uint64_t)n);
+    SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
+    CK(c, MPI_Reduce_scatter_block(x, out, (int)(n / c->size), MPI_FLOAT, MPI_SUM, c->world));
+}
+
+void sel_comm_gather_floats(sel_comm *c, const float *in, float *out, int64_t n)
+{
+    const int each = (int)(n / c->size);
+
+    meet(c, __func__, (uint64_t)n);
+    SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
+    CK(c, MPI_Allgather(in, each, MPI_FLOAT, out, each, MPI_FLOAT, c->world));
 }
 
 void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,

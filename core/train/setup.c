@@ -129,6 +129,8 @@ static sel_status make_layout(sel_trainer *t)
     return sel_layout_new(&t->layout, &dims);
 }
 
+static void move_along(void *reducer) { sel_reducer_poll(reducer); }
+
 static sel_status make_model(sel_trainer *t)
 {
     const sel_config *c = t->config;
@@ -141,7 +143,8 @@ static sel_status make_model(sel_trainer *t)
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
                                   .attention = sel_attention_options_of(c),
                                   .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
-                                  .ops = &t->ops, .engine = t->engine };
+                                  .ops = &t->ops, .engine = t->engine, .tick = move_along,
+                                  .tick_ctx = t->reducer };
     return sel_model_new(&t->model, t->layout, &o);
 }
 
