@@ -259,11 +259,12 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
-        .linear = p.linear, .mpi = p.mpi,
+        .linear = p.linear, .mpi = p.mpi, .binding = t->binding.line,
     };
     SEL_TRY(sel_run_provenance(t->run, &p));
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
     j->watcher->start(j->watcher->ctx, &s);
+    if (t->binding.warning[0]) j->watcher->message(j->watcher->ctx, t->binding.warning);
     if (sel_reducer_note(t->reducer)[0]) j->watcher->message(j->watcher->ctx, sel_reducer_note(t->reducer));
     return SEL_OK;
 }

@@ -310,7 +310,7 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
     SEL_TRY(compare_inputs(t));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
-    SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads));
+    SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads, &t->binding));
     SEL_TRY(resolve_precision(t));
     SEL_TRY(sel_comm_agree(t->comm, make_layout(t)));
     SEL_TRY(sel_arrays_new(t));

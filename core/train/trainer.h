@@ -13,6 +13,11 @@
 /* Levels of the tree over a rank's leaves, and numbers that are summed in it beside the gradient. */
 enum { SEL_LEVELS = 18, SEL_LEAF_NUMBERS = 3 };
 
+/* Where ranks and threads run, in words; a warning where they share processors, or "".  Of rank 0. */
+typedef struct {
+    char line[512], warning[512];
+} sel_binding;
+
 typedef struct sel_trainer {
     const sel_train_job *job;
     const sel_config *config;        /* the job's, with what had to be measured filled in: `resolved` */
@@ -42,6 +47,7 @@ typedef struct sel_trainer {
     int64_t first, count, micro;     /* this rank's samples of a batch; how many at once */
     int32_t *tokens;                 /* [micro][N + 1] */
     int threads;
+    sel_binding binding;
     double peak_gflops;
 
     int64_t step, tokens_seen;       /* completed */
@@ -112,7 +118,7 @@ void       sel_leaf_close_numbers(double numbers[SEL_LEVELS][SEL_LEAF_NUMBERS], 
 void sel_optimizer_update(sel_trainer *t, int64_t step, double lr, double g_scale);
 
 /* Threads that this rank should use: `wanted`, or, at 0, what its binding allows, shared with the ranks that are bound
-   alike.  SEL_EUSER where OpenMP would not give them.  (threads.c) [collective] */
-sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads);
+   alike; on rank 0 also where they run.  SEL_EUSER where OpenMP would not give them.  (threads.c) [collective] */
+sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads, sel_binding *b);
 
 #endif
