@@ -45,5 +45,5 @@ SELECTRA_HOSTS=2,2,2 expect 0 ranks 6 "${arguments[@]}"
 same_state six six.here 20
 
 expect 0 on_hosts 1 bench mesh --bytes 4000000 --runs 3 --json
-check "the benchmark has rows between hosts" grep -q '"name": "allreduce_hosts", "bytes": 4000000' out
+check "the benchmark has rows between hosts" grep -q '"name": "allreduce_hosts", "bytes": 3999996' out
 verdict

@@ -54,5 +54,5 @@ on_hosts() {
         mpirun --host "$list" --wdir "$PWD" --oversubscribe --bind-to none --mca plm_rsh_agent "$PWD/agent.sh" \
         --mca plm_rsh_no_tree_spawn 1 --mca orte_keep_fqdn_hostnames 1 --mca oob_tcp_if_include eth0 --mca pml ob1 \
         --mca btl vader,tcp,self --mca btl_tcp_if_include eth0 --mca btl_vader_single_copy_mechanism none \
-        --mca mpi_yield_when_idle 1 -x SELECTRA_FAULT "$SELECTRA" "$@"
+        --mca mpi_yield_when_idle 1 ${SELECTRA_FAULT:+-x SELECTRA_FAULT} "$SELECTRA" "$@"
 }
