@@ -66,6 +66,19 @@ losses r3 >a; losses r3.bf16 >b
 check "losses with bfloat16 on the wire" awk 'NR == FNR { a[$1] = $2; next } { d = $2 - a[$1]; if (d * d > 1e-4) bad = 1 }
     END { exit bad }' a b
 
+# ---- a host that lends too little shared memory: all goes by MPI, and is said
+small_shm() {
+    OMPI_MCA_btl=tcp,self unshare --mount -- bash -c 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"' small "$@"
+}
+if small_shm true 2>/dev/null; then
+    large=(model.width=512 model.layers=3 model.head_width=128 model.ffn_width=1024 model.context=8 train.steps=2)
+    trained large 2 "${large[@]}"
+    train small "${settings[@]}" "${large[@]}"
+    expect 0 small_shm timeout 120 mpirun -n 2 --oversubscribe --bind-to none --mca btl_tcp_if_include lo "$SELECTRA" "${arguments[@]}"
+    said 'ranks of a host reduce by MPI, which is slower: .*shared memory are needed, /dev/shm has'
+    same_state large small 2
+fi
+
 # ---- refused, with what would work
 refused() { train refused "${settings[@]}" "${@:3}"; expect 2 ranks "$1" "${arguments[@]}"; said "$2"; }
 refused 3 'dist.virtual_ranks: 8 leaves cannot be shared out to 3' dist.virtual_ranks=8 train.batch=24

@@ -202,7 +202,7 @@ static void test_tree(void)
 
 int main(int argc, char **argv)
 {
-    static const int64_t lengths[] = {0, 1, 4096, 30011, 333333};
+    static const int64_t lengths[] = {0, 1, 4096, 30011, 140003};
 
     if (sel_comm_open(&comm, &argc, &argv) != SEL_OK) {
         fprintf(stderr, "%s\n", sel_error());

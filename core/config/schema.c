@@ -115,7 +115,7 @@ const sel_key sel_keys[] = {
     {"dist.shared_memory", SEL_KEY_BOOL, AT(dist.shared_memory), .preset = "true",
      .help = "ranks of a host reduce in shared memory; false: by MPI"},
     {"dist.wire", SEL_KEY_CHOICE, AT(dist.wire), .preset = "float32", .choices = "float32|bfloat16",
-     .help = "of gradients between hosts; bfloat16: half the bytes, errors up to 2^-9 a host"},
+     .help = "of gradients between hosts; bfloat16: half the bytes, rounds each host's term by up to 2^-9"},
     {"dist.on_nan", SEL_KEY_CHOICE, AT(dist.on_nan), .preset = "stop", .choices = "stop|skip",
      .help = "when a loss or gradient is not finite: end, or leave the batch out"},
     {"dist.nan_rollback", SEL_KEY_INT, AT(dist.nan_rollback), .min = 1, .max = 1e6, .preset = "5",
