@@ -6,6 +6,7 @@
 
 #include <mpi.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include <unistd.h>
 
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 #include "dist/tree.h"
 
@@ -30,12 +32,14 @@ _Noreturn void sel_comm_mpi_die(const sel_comm *c, const char *call, int code)
     sel_comm_die(c, call);
 }
 
-/* Debug builds: ranks that meet in different collectives, or bring different sizes, would hang or mix up their
-   data.  They compare what they are about to do first, and say where they differ. */
+/* A collective begins; sel_pulse_leave() when it has ended.  Debug builds: ranks that meet in different collectives, or
+   bring different sizes, would hang or mix up their data.  They compare what they are about to do first, and say where
+   they differ. */
 static void meet(const sel_comm *c, const char *call, uint64_t detail)
 {
+    sel_pulse_enter(call + sizeof "sel_comm_" - 1);
 #ifdef NDEBUG
-    (void)c, (void)call, (void)detail;
+    (void)c, (void)detail;
 #else
     enum { WIDTH = FOLD_BLOCK * sizeof(double) };
     char mine[WIDTH] = "";
@@ -206,6 +210,7 @@ void sel_comm_split(sel_comm **out, sel_comm *c, int part)
     if (!s->all) sel_comm_die(c, __func__);
     know_neighbours(s);
     *out = s;
+    sel_pulse_leave();
 }
 
 void sel_comm_close(sel_comm **c)
@@ -288,10 +293,12 @@ sel_status sel_comm_agree(sel_comm *c, sel_status mine)
     meet(c, __func__, 0);
     /* MINLOC: the lowest code wins, among equals the lowest rank. */
     CK(c, MPI_Allreduce(&in, &worst, 1, MPI_2INT, MPI_MINLOC, c->world));
+    if (worst.code != SEL_OK) {
+        if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
+        CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
+    }
+    sel_pulse_leave();
     if (worst.code == SEL_OK) return SEL_OK;
-
-    if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
-    CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
     if (c->size == 1 || names_rank(line)) return sel_fail((sel_status)worst.code, "%s", line);
     return sel_fail((sel_status)worst.code, "rank %d: %s", worst.rank, line);
 }
@@ -308,14 +315,37 @@ _Noreturn void sel_comm_die(const sel_comm *c, const char *where)
         MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     fprintf(stderr, "[rank %d] fatal in %s: %s\n", rank, where, sel_error());
     fflush(stderr);
-    if (up && !over) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
-    _exit(EXIT_FAILURE);
+    sel_comm_abort(EXIT_FAILURE);
+}
+
+static int abort_status;
+
+static void abort_alone(int number)
+{
+    (void)number;
+    _exit(abort_status);
+}
+
+_Noreturn void sel_comm_abort(int status)
+{
+    int up, over;
+
+    MPI_Initialized(&up);
+    MPI_Finalized(&over);
+    if (up && !over) {
+        abort_status = status;
+        signal(SIGALRM, abort_alone);
+        alarm(3); /* MPI_Abort asks the launcher to end the others, and may wait for an answer that never comes */
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    _exit(status);
 }
 
 void sel_comm_barrier(sel_comm *c)
 {
     meet(c, __func__, 0);
     CK(c, MPI_Barrier(c->world));
+    sel_pulse_leave();
 }
 
 static size_t smaller(size_t a, size_t b)
@@ -329,6 +359,7 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
     meet(c, __func__, bytes);
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES)
         CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
+    sel_pulse_leave();
 }
 
 /* The larger one, NaN as soon as one is: MPI_MAX leaves open what becomes of NaN. */
@@ -359,12 +390,14 @@ void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, sel_tree_sum_doubles);
+    sel_pulse_leave();
 }
 
 void sel_comm_max_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, max_of);
+    sel_pulse_leave();
 }
 
 void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
@@ -374,6 +407,7 @@ void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
     meet(c, __func__, (uint64_t)n);
     for (int64_t at = 0; at < n; at += chunk)
         CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_DOUBLE, MPI_SUM, c->world));
+    sel_pulse_leave();
 }
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
@@ -383,6 +417,7 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
     meet(c, __func__, (uint64_t)n);
     for (int64_t at = 0; at < n; at += chunk)
         CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_FLOAT, MPI_SUM, c->world));
+    sel_pulse_leave();
 }
 
 void sel_comm_scatter_floats(sel_comm *c, const float *x, float *out, int64_t n)
@@ -390,6 +425,7 @@ void sel_comm_scatter_floats(sel_comm *c, const float *x, float *out, int64_t n)
     meet(c, __func__, (uint64_t)n);
     SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
     CK(c, MPI_Reduce_scatter_block(x, out, (int)(n / c->size), MPI_FLOAT, MPI_SUM, c->world));
+    sel_pulse_leave();
 }
 
 void sel_comm_gather_floats(sel_comm *c, const float *in, float *out, int64_t n)
@@ -399,6 +435,7 @@ void sel_comm_gather_floats(sel_comm *c, const float *in, float *out, int64_t n)
     meet(c, __func__, (uint64_t)n);
     SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
     CK(c, MPI_Allgather(in, each, MPI_FLOAT, out, each, MPI_FLOAT, c->world));
+    sel_pulse_leave();
 }
 
 void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,
@@ -431,6 +468,7 @@ void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t
     CK(c, MPI_Allgatherv(mine, (int)(end - begin), MPI_FLOAT, all, counts, at, MPI_FLOAT, c->world));
     free(ranges);
     free(counts);
+    sel_pulse_leave();
 }
 
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root)
@@ -448,6 +486,7 @@ void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int
         CK(c, MPI_Type_free(&slot));
         CK(c, MPI_Type_free(&piece));
     }
+    sel_pulse_leave();
 }
 
 int sel_comm_same(sel_comm *c, uint64_t value)
@@ -456,5 +495,6 @@ int sel_comm_same(sel_comm *c, uint64_t value)
 
     meet(c, __func__, 0);
     CK(c, MPI_Allreduce(MPI_IN_PLACE, low, 2, MPI_UINT64_T, MPI_MIN, c->world));
+    sel_pulse_leave();
     return low[0] == ~low[1];
 }

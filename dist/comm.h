@@ -47,6 +47,10 @@ sel_status sel_comm_agree(sel_comm *c, sel_status mine);
    says rank, place and sel_error() on stderr, then ends the whole job with status 1. */
 _Noreturn void sel_comm_die(const sel_comm *c, const char *where);
 
+/* Not collective, from any thread.  Ends the whole job with that status, and this process within seconds even where MPI
+   no longer reaches anyone. */
+_Noreturn void sel_comm_abort(int status);
+
 /* [collective] */
 void sel_comm_barrier(sel_comm *c);
 void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root);

@@ -10,6 +10,7 @@
 
 #include "core/base/clock.h"
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "dist/exchange.h"
 #include "dist/host.h"
 #include "dist/tree.h"
@@ -278,10 +279,12 @@ static void complete(sel_reducer *r)
     sel_host_waiter waiter = {0};
 
     announce(r, r->cut.buckets);
+    sel_pulse_enter(r->round == SUM ? "reduce" : "gather");
     const double begun = sel_now();
     for (int p; (p = unfinished(r)) >= 0;) {
         const double before = sel_now();
         if (advance(r)) {
+            sel_pulse_tick();
             worked += sel_now() - before;
             waiter = (sel_host_waiter){0};
             continue;
@@ -296,6 +299,7 @@ static void complete(sel_reducer *r)
         else
             sel_host_pause(r->comm, &waiter, &r->meetings[p]->done, r->base + (uint32_t)r->cut.buckets, in_flight);
     }
+    sel_pulse_leave();
     r->base += (uint32_t)r->cut.buckets;
     const double now = sel_now();
     if (r->cut.buckets > 0) {

@@ -6,7 +6,7 @@
 
 #include "tests/check.h"
 #include "tests/random.h"
-#include "tests/reference.h"
+#include "tests/switches.h"
 
 #include "ops/ops.h"
 
@@ -20,21 +20,6 @@
 #define ABSENT 1e-6          /* of |dO|, where the reference is zero */
 #define KINK 4e-6            /* how near to relu's or the memory loss's kink inputs may come */
 #define RIM 12345.678f       /* what surrounds outputs */
-
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "no self, no shift", true, true, true, false, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
 
 static bool bfloat16;        /* operands of every problem that follows */
 
@@ -140,11 +125,7 @@ static bool near_memory_kink(const problem *p)
 static problem problem_new(const sel_ref_attention *a, int s, double deviation, uint64_t seed)
 {
     problem p = { .a = *a };
-    p.a.selective = switches[s].selective;
-    p.a.relu = switches[s].relu;
-    p.a.protect_bos = switches[s].protect_bos;
-    p.a.protect_self = switches[s].protect_self;
-    p.a.shift = switches[s].shift;
+    switches_set(&p.a, s);
     if (!p.a.selective || a->window) p.a.tau = 0.0;   /* equation 2 counts tokens that no window hides */
     p.a.memory_coef = p.a.tau > 0.0 ? 0.25 : 0.0;
     snprintf(p.name, sizeof p.name, "%s%s, B %d H %d/%d N %d dh %d window %d tau %g", bfloat16 ? "bfloat16 " : "",
@@ -355,6 +336,13 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const quartet *
     return c;
 }
 
+static void piece_free(piece *c)
+{
+    free(c->lse);
+    free(c->saved);
+    free(c->carry_in);
+}
+
 static void piece_backward(const problem *p, const sel_ops *ops, piece *c, const tensor *dout, arrangement how,
                            outcome *o)
 {
@@ -399,9 +387,7 @@ static outcome run(const problem *p, const sel_ops *ops, int threads, arrangemen
     o.damage += field_damage(&in.fields[3]);
     for (int c = n - 1; c >= 0; c--) {
         piece_backward(p, ops, &pieces[c], &d.o, how, &o);
-        free(pieces[c].lse);
-        free(pieces[c].saved);
-        free(pieces[c].carry_in);
+        piece_free(&pieces[c]);
     }
     free(pieces);
     quartet_free(&in);

@@ -272,9 +272,7 @@ static void test_values(void)
         {"attention.selection.source=bilinear", "head0"},
         {"attention.dead_keys=exact", "off"},
         {"checkpoint.async=true", "false"},
-        {"dist.on_nan=skip", "stop"},
         {"dist.mesh.sequence=2", "the integer 1"},
-        {"dist.watchdog_seconds=60", "the integer 0"},
         {"compute.linear_backend=auto", "one of onednn, openblas"},
     };
     for (size_t i = 0; i < sizeof later / sizeof *later; i++) {
@@ -350,7 +348,7 @@ static const char full_file[] =
     "train: {steps: 1e4, batch: 64, micro_batch: 8, lr: 3e-3, warmup: 100, beta1: 0.95, beta2: 0.99,\n"
     "        adam_epsilon: 1e-9, weight_decay: .01, clip: 0, precision: float32, log_every: 1}\n"
     "checkpoint: {every: 500, every_minutes: 7.5, keep: 2, async: false}\n"
-    "dist:\n  mesh: {data: auto, sequence: 1}\n  on_nan: stop\n"
+    "dist:\n  mesh: {data: auto, sequence: 1}\n  on_nan: skip\n  nan_rollback: 7\n  watchdog_seconds: 20\n"
     "compute: {threads: 2, linear_backend: openblas, cpu: avx2}\n";
 
 static void test_emit(void)
@@ -360,6 +358,8 @@ static void test_emit(void)
     CHECK_OK(parse(full_file, NULL));
     CHECK(config.train.lr == 3e-3 && config.train.clip == 0 && config.checkpoint.every_minutes == 7.5, "numbers");
     CHECK(config.compute.linear_backend == SEL_BACKEND_OPENBLAS && strcmp(config.compute.cpu, "avx2") == 0, "choices");
+    CHECK(config.dist.on_nan == SEL_ON_NAN_SKIP && config.dist.nan_rollback == 7 && config.dist.watchdog_seconds == 20 &&
+          config.run.restarts == 3, "failures");
     same_again("full file");
     char *text = NULL;
     CHECK_OK(sel_config_emit(&config, &text));

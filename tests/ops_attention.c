@@ -295,35 +295,45 @@ static void check_exact_pick(void)
     }
 }
 
-/* Every row i >= 2 masks key i - 1 by far more than tau, so M[i] = 3 for all of them: the smallest row wins. */
-static void check_memory_tie(void)
+/* Every row i >= 2 masks key i - 1 by far more than tau, so M[i] = 3 for all of them: the smallest row wins, whether a
+   thread has a sequence for itself or its tiles are dealt to several. */
+static void check_memory_tie(int64_t B, int64_t N)
 {
-    const int64_t N = 200, dh = 64;
-    problem p = { .a = { .B = 2, .H = 1, .Hkv = 1, .N = N, .dh = dh, .selective = true, .relu = true,
+    const int64_t dh = 64;
+    problem p = { .a = { .B = B, .H = 1, .Hkv = 1, .N = N, .dh = dh, .selective = true, .relu = true,
                          .protect_bos = true, .protect_self = true, .shift = true, .tau = 1.0, .memory_coef = 0.5 } };
-    p.v = float_normals(2 * N * dh, 1.0);
-    p.dout = float_normals(2 * N * dh, 1.0);
-    p.q = room(2 * N * dh * 8);
-    p.k = room(2 * N * dh * 8);
-    memset(p.q, 0, (size_t)(2 * N * dh) * 8);
-    memset(p.k, 0, (size_t)(2 * N * dh) * 8);
-    for (int64_t i = 0; i < 2 * N; i++) {
+    p.v = float_normals(B * N * dh, 1.0);
+    p.dout = float_normals(B * N * dh, 1.0);
+    p.q = room(B * N * dh * 8);
+    p.k = room(B * N * dh * 8);
+    memset(p.q, 0, (size_t)(B * N * dh) * 8);
+    memset(p.k, 0, (size_t)(B * N * dh) * 8);
+    for (int64_t i = 0; i < B * N; i++) {
         p.k[i * dh + i % N % dh] = 8.0;
         if (i % N > 0) p.q[i * dh + (i % N - 1) % dh] = 8.0;
     }
     problem_solve(&p);
     p.scale = 1.0;
     snprintf(p.name, sizeof p.name, "tied memory");
-    for (int64_t b = 0; b < 2; b++)
+    for (int64_t b = 0; b < B; b++)
         CHECK(p.r.m_row[b] == 2 && p.r.m_max[b] == 3.0, "reference: M[%d] = %g", (int)p.r.m_row[b], p.r.m_max[b]);
+    quartet in = quartet_new(&p, APART, 0, N, NAN, RIM);
+    tensor_write(&in.q, p.q);
+    tensor_write(&in.k, p.k);
+    tensor_write(&in.v, p.v);
     for (int l = 0; l < levels; l++)
-        for (int threads = 1; threads <= 2; threads++) {
-            outcome o = run(&p, &tables[l], threads, APART, (const int64_t[]){ 0, N }, 1);
-            for (int64_t b = 0; b < 2; b++)
-                CHECK(o.m_row[b] == 2 && o.m_max[b] == 3.0, "%s: M[%d] = %.17g, not M[2] = 3",
-                      sel_cpu_level_name(tables[l].level), (int)o.m_row[b], o.m_max[b]);
+        for (int round = 0; round < (l < 2 ? 8 : 24); round++) {   /* which thread comes first is chance */
+            const int threads = 1 + round % 4;
+            outcome o = outcome_new(&p);
+            piece c = piece_forward(&p, &tables[l], &in, threads, 0, N, &o);
+            for (int64_t b = 0; b < B; b++)
+                CHECK(o.m_row[b] == 2 && o.m_max[b] == 3.0, "%s, sequence %d of %d, %d threads: M[%d] = %.17g, not "
+                      "M[2] = 3", sel_cpu_level_name(tables[l].level), (int)b, (int)B, threads, (int)o.m_row[b],
+                      o.m_max[b]);
+            piece_free(&c);
             outcome_free(&o);
         }
+    quartet_free(&in);
     problem_free(&p);
 }
 
@@ -387,6 +397,46 @@ static void check_saved_groups(int64_t N)
     free(p.dout);
 }
 
+/* Buffers are planned for the longest call.  A shorter one may save more carries than the longest (4,100 rows: 33,
+   4,096 rows: 64): it too must stay within what sel_attention_saved_size says. */
+static void check_saved_size(int64_t planned, int64_t used)
+{
+    enum { DH = 8 };
+#ifdef __SANITIZE_ADDRESS__
+    const int64_t guard = 0;   /* the sanitizer watches the end itself */
+#else
+    const int64_t guard = 64 * used;
+#endif
+    const int64_t size = sel_attention_saved_size(planned);
+    float *const guarded = room((size + guard) * 4);
+    float *const x = room(used * DH * 4), *const out = room(used * DH * 4), *const lse = room(used * 4);
+
+    CHECK(sel_attention_carries(used) > sel_attention_carries(planned), "%d rows save fewer carries", (int)used);
+    random_seed(8500);
+    for (int64_t i = 0; i < used * DH; i++) x[i] = (float)random_normal() / 8.0f;
+    for (int l = 0; l < levels; l++)
+        for (int threads = 1; threads <= 2; threads++) {
+            for (int64_t i = 0; i < size + guard; i++) guarded[i] = RIM;
+            sel_attention a = { .B = 1, .heads = 1, .kv_heads = 1, .dh = DH, .i1 = used, .selective = true,
+                                .relu = true, .protect_bos = true, .protect_self = true, .shift = true,
+                                .bfloat16 = bfloat16, .q = x, .k = x, .v = x, .out = out, .lse = lse,
+                                .saved = guarded, .threads = threads };
+            a.q_seq = a.k_seq = a.v_seq = a.out_seq = used * DH;
+            a.q_row = a.k_row = a.v_row = a.out_row = DH;
+            a.workspace = workspace_new(&a, false);
+            tables[l].attention_forward(&a);
+            int64_t outside = 0;
+            for (int64_t i = size; i < size + guard; i++) outside += guarded[i] != RIM;
+            CHECK(outside == 0, "%s, %d threads: %d rows in a buffer for %d: %d values beyond its end",
+                  sel_cpu_level_name(tables[l].level), threads, (int)used, (int)planned, (int)outside);
+            free(a.workspace);
+        }
+    free(guarded);
+    free(x);
+    free(out);
+    free(lse);
+}
+
 int main(void)
 {
     const bool quick = getenv("SEL_TEST_QUICK") != NULL;
@@ -396,7 +446,8 @@ int main(void)
     for (int type = 0; type < 2; type++) {
         bfloat16 = type == 1;
         check_exact_pick();
-        check_memory_tie();
+        check_memory_tie(1, 1000);
+        check_memory_tie(2, 200);
         check_grid(quick ? 3 : 1);
         check_windows(quick ? 3 : 1);
         check_pieces(quick ? 3 : 1);
@@ -413,6 +464,9 @@ int main(void)
         check_saved_groups(4200);
         if (!quick) check_saved_groups(8300);
     }
+    bfloat16 = false;   /* no matter to carries */
+    check_saved_size(4100, 4096);
+    check_saved_size(8300, 8192);
     printf("%d levels, largest error %.2f of its bound; bfloat16 %.2f, kernels apart %.2f\n", levels, worst[0],
            worst[1], farthest);
     return check_verdict();

@@ -1,32 +1,16 @@
 /* The reference itself: figure 2 against numbers worked by hand, every gradient against central differences. */
 #include "tests/check.h"
 #include "tests/random.h"
-#include "tests/reference.h"
+#include "tests/switches.h"
 
 #include <math.h>
 #include <string.h>
 
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
-
 static sel_ref_attention attention_of(int s)
 {
-    return (sel_ref_attention){ .selective = switches[s].selective,
-                                .relu = switches[s].relu,
-                                .protect_bos = switches[s].protect_bos,
-                                .protect_self = switches[s].protect_self,
-                                .shift = switches[s].shift };
+    sel_ref_attention a = { 0 };
+    switches_set(&a, s);
+    return a;
 }
 
 /* One head of width 1 makes L[i,j] = q[i] k[j]: F can be worked out on paper.
@@ -49,7 +33,7 @@ static void check_by_hand(void)
         { 3, 0, { { 0 }, { 0 }, { 2 }, { 4 }, { 8, 0, 6, 0, 0 } }, { 10, 0, 9, 0.5, 0 } },
         { 4, 0, { { 0 }, { 0 }, { 0 }, { 0, 0, 3 }, { 0, 0, 9, 1, 0 } }, { 0, 0, 12, 1.5, 1 } },
         { 5, 0, { { 0 }, { 0 }, { 0 }, { 0, 0, 6 }, { 0, 0, 9, 0.5, 0 } }, { 0, 0, 9, 0.5, 0 } },
-        { 6, 0, { { 2 }, { 4, -1 }, { 6, -2, 3 }, { 10, -4, 9, 1 }, { 12, -5, 12, 1.5, 1 } }, { 12, -5, 12, 1.5, 1 } },
+        { 7, 0, { { 2 }, { 4, -1 }, { 6, -2, 3 }, { 10, -4, 9, 1 }, { 12, -5, 12, 1.5, 1 } }, { 12, -5, 12, 1.5, 1 } },
     };
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
         sel_ref_attention a = attention_of(cases[c].switches);

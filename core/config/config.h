@@ -78,4 +78,7 @@ sel_status sel_config_help(char **text);
    each difference. */
 sel_status sel_config_same_model(const sel_config *old, const sel_config *now);
 
+/* SEL_EUSER listing "key: first -> mine" for each key of any kind that differs. */
+sel_status sel_config_same(const sel_config *first, const sel_config *mine);
+
 #endif

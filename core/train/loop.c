@@ -11,6 +11,7 @@
 #include "core/base/pulse.h"
 #include "core/infer/score.h"
 #include "core/train/trainer.h"
+#include "dist/watchdog.h"
 
 /* Replicas that drift apart are found within this many steps, and before every save. */
 enum { COMPARE_EVERY = 100 };
@@ -246,7 +247,8 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     const sel_train_job *j = t->job;
     const sel_provenance p = {
         .program = j->program, .commit = j->commit, .compiler = j->compiler, .build = j->build,
-        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine), .cpu = sel_cpu_name(),
+        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine),
+        .precision = t->config->train.precision == SEL_PRECISION_BFLOAT16 ? "bfloat16" : "float32", .cpu = sel_cpu_name(),
         .cpu_level = sel_cpu_level_name(t->ops.level), .ranks = sel_comm_size(t->comm), .threads = t->threads,
         .hosts = sel_comm_hosts(t->comm), .host_names = hosts, .command = j->command, .resumed_from = resumed_from,
         .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
@@ -259,7 +261,8 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
-        .linear = p.linear, .mpi = p.mpi, .binding = t->binding.line,
+        .linear = p.linear, .precision = p.precision, .mpi = p.mpi,
+        .binding = t->binding.line,
     };
     SEL_TRY(sel_run_provenance(t->run, &p));
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
@@ -269,12 +272,11 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     return SEL_OK;
 }
 
-sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+static sel_status train(const sel_train_job *job, sel_train_result *result)
 {
     sel_trainer t;
     int64_t resumed_from;
 
-    memset(result, 0, sizeof *result);
     SEL_TRY(sel_trainer_open(&t, job, &resumed_from));
     const size_t bytes = (size_t)sel_comm_size(t.comm) * NAME;
     char *const hosts = calloc(1, bytes);
@@ -297,5 +299,18 @@ sel_status sel_train(const sel_train_job *job, sel_train_result *result)
     free(hosts);
     result->step = p.saved_step;
     sel_trainer_close(&t);
+    return rc;
+}
+
+sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+{
+    sel_watchdog *watchdog;
+
+    memset(result, 0, sizeof *result);
+    sel_pulse_phase("start", 0);
+    SEL_TRY(sel_watchdog_open(&watchdog, job->comm, (double)job->config->dist.watchdog_seconds));
+    const sel_status rc = train(job, result);
+    sel_pulse_phase("end", -1);
+    sel_watchdog_close(&watchdog);
     return rc;
 }

@@ -77,6 +77,21 @@ static sel_status open_inputs(sel_trainer *t)
     return SEL_OK;
 }
 
+/* [collective] Every rank must have been given the same settings (mpirun can start ranks with different arguments). */
+static sel_status compare_settings(sel_trainer *t)
+{
+    sel_config *const first = malloc(sizeof *first);
+    if (!first) {
+        sel_fail(SEL_ENOMEM, "no memory for the settings");
+        sel_comm_die(t->comm, "start");
+    }
+    *first = *t->config;
+    sel_comm_bcast(t->comm, first, sizeof *first, 0);
+    const sel_status rc = sel_config_same(first, t->config);
+    free(first);
+    return sel_comm_agree(t->comm, rc);
+}
+
 /* [collective] Every rank must have found the same data under the same names (a host's own disk may differ). */
 static sel_status compare_inputs(sel_trainer *t)
 {
@@ -286,7 +301,7 @@ sel_status sel_trainer_load(sel_trainer *t, int64_t *resumed_from)
     return sel_comm_agree(t->comm, sel_model_pack(t->model, t->params));
 }
 
-/* On rank 0: a run that is there is locked before its state is read: an earlier job may still be saving. */
+/* On rank 0: a run that is there is locked before anything of it is read: an earlier job may still be saving. */
 static sel_status lock_run(sel_trainer *t)
 {
     return sel_path_is_dir(t->checkpoints) ? sel_run_open(&t->run, t->config->run.dir) : SEL_OK;
@@ -307,17 +322,18 @@ static sel_status open_run(sel_trainer *t)
 static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
 {
     SEL_TRY(sel_comm_agree(t->comm, sel_fault_init(sel_comm_rank(t->comm))));
+    SEL_TRY(compare_settings(t));
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
     SEL_TRY(compare_inputs(t));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
     SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads, &t->binding));
+    SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
     SEL_TRY(resolve_precision(t));
     SEL_TRY(sel_comm_agree(t->comm, make_layout(t)));
     SEL_TRY(sel_arrays_new(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
-    SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
     SEL_TRY(sel_trainer_load(t, resumed_from));
     return sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? open_run(t) : SEL_OK);
 }

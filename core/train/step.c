@@ -63,7 +63,7 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, doub
         }
         for (int64_t k = 0; k < t->micro; k++) {
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
-            sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1));
+            SEL_TRY(sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1), NULL));
         }
         sel_fault("forward", step, "");
         SEL_TRY(sel_model_train(t->model, t->params, grads, t->tokens, t->micro, N, loss_scale, memory_scale,
@@ -88,6 +88,24 @@ sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, 
     *loss = isfinite(sums[SUM_LOSS]) && isfinite(sums[SUM_MEMORY]);
     *gradient = isfinite(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
     return SEL_OK;
+}
+
+/* [collective] A rank has been asked to end: which signal it was, told to the user at once. */
+static int hear_signal(sel_trainer *t, int64_t step)
+{
+    static const struct { int number; const char *name; } names[] = {
+        { SIGTERM, "SIGTERM" }, { SIGINT, "SIGINT" }, { SIGUSR1, "SIGUSR1" }, { SIGUSR2, "SIGUSR2" },
+    };
+    const char *name = "a signal";
+    char line[96];
+    double number = *t->job->signal;
+
+    sel_comm_max_doubles(t->comm, &number, 1);   /* of several signals one is named */
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (names[i].number == (int)number) name = names[i].name;
+    snprintf(line, sizeof line, "%s received: finishing step %lld, then saving", name, (long long)step);
+    if (sel_comm_rank(t->comm) == 0) t->job->watcher->message(t->job->watcher->ctx, line);
+    return (int)number;
 }
 
 sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
@@ -118,8 +136,8 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     s->tokens = (int64_t)sums[SUM_TOKENS];
     s->grad_norm = norm;
     s->lr = sel_learning_rate(c->train.lr, c->train.warmup, c->train.steps, step);
-    s->signal = sums[SUM_SIGNAL] != 0.0;
     s->save_due = sums[SUM_SAVE] != 0.0;
+    s->signal = sums[SUM_SIGNAL] != 0.0 ? hear_signal(t, step) : 0;
     s->wire = (sel_wire){ .wire_bytes = sums[SUM_WIRE], .wire_least = sums[SUM_WIRE_LEAST],
                           .host_bytes = sums[SUM_HOST], .wait_seconds = sums[SUM_WAIT],
                           .busy_seconds = sums[SUM_BUSY] };

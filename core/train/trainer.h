@@ -61,7 +61,7 @@ typedef struct {
     double loss, memory_loss, lr, grad_norm;
     int64_t tokens;
     sel_wire wire;                   /* summed over the ranks */
-    int signal;                      /* a rank has been asked to end */
+    int signal;                      /* by which a rank has been asked to end; 0: none */
     bool save_due;                   /* rank 0's clock says so */
 } sel_step_stats;
 
