@@ -82,6 +82,10 @@ static void test_sizes(void)
     refused("model: {d: 4, kv_heads: 8}", NULL, "run.yaml:1: model.heads (4) must be a multiple of model.kv_heads (8)");
     refused("model: {d: 4}\nattention:\n  kind: standard\n  memory_loss: {epsilon: 0.1}\n", NULL,
             "run.yaml:4: attention.memory_loss.epsilon (0.1) needs attention.kind selective, not standard");
+    refused("model: {d: 4}\nattention:\n  selection: {source: bilinear}\n  kind: standard\n", NULL,
+            "run.yaml:4: attention.selection.source bilinear needs attention.kind selective, not standard");
+    refused("model: {d: 4}", "attention.selection.source=head1",
+            "command line: attention.selection.source=head1: expected one of head0, bilinear, got \"head1\"");
     refused(
         "model: {d: 4}\ntrain:\n  steps: 1e12\n  batch: 16000000\n", NULL,
         "run.yaml:4: train.steps (1000000000000) times train.batch (16000000) times model.context (512) is more than "
@@ -269,7 +273,6 @@ static void test_values(void)
     } later[] = {
         {"attention.kind=local", "one of selective, standard"},
         {"attention.kind=local_global", "one of selective, standard"},
-        {"attention.selection.source=bilinear", "head0"},
         {"attention.dead_keys=exact", "off"},
         {"checkpoint.async=true", "false"},
         {"dist.mesh.sequence=2", "the integer 1"},
@@ -469,6 +472,13 @@ static void test_same_model(void)
     other = config;
     CHECK_OK(parse("model: {width: 128, layers: 2, heads: 2}", NULL));
     CHECK_OK(sel_config_same_model(&other, &config));
+
+    CHECK(config.attention.selection.source == SEL_SOURCE_HEAD0, "head 0 selects unless told otherwise");
+    CHECK_OK(parse("model.d: 2", "attention.selection.source=bilinear"));
+    CHECK(config.attention.selection.source == SEL_SOURCE_BILINEAR, "bilinear");
+    CHECK(sel_config_same_model(&other, &config) == SEL_EUSER, "source");
+    CHECK(strcmp(sel_error(), "the model is not the checkpoint's: attention.selection.source: head0 -> bilinear") == 0,
+          "%s", sel_error());
 }
 
 static void test_distance(void)

@@ -203,7 +203,8 @@ said '/dev/full: writing failed'
 # Standard attention, and few kv-heads and odd sizes, decode alike too.
 for variant in 'attention.kind=standard' 'model.kv_heads=1 model.context=100 model.head_width=24' \
                'attention.selection.shift=false attention.selection.protect_self=false' \
-               'attention.selection.relu=false attention.selection.protect_bos=false'; do
+               'attention.selection.relu=false attention.selection.protect_bos=false' \
+               'attention.selection.source=bilinear model.kv_heads=1'; do
     rm -rf variant
     # shellcheck disable=SC2086
     train variant model.context=210 train.batch=4 train.steps=10 train.log_every=10 $variant
@@ -212,4 +213,19 @@ for variant in 'attention.kind=standard' 'model.kv_heads=1 model.context=100 mod
     expect 0 selectra generate variant --prompt "" --tokens 99 --temperature 1 --seed 3 --logprobs plain.jsonl --no-cache
     check "cache and no cache agree: $variant" agree cached.jsonl plain.jsonl 1
 done
+
+# The last of them has two tensors more a layer, and stays what it is.
+expect 0 selectra inspect variant --json
+for name in layers.0.attn.sel_q.weight layers.1.attn.sel_k.weight; do
+    check "inspect lists $name" grep -q "\"$name\"" out
+done
+with=$(number parameters out)
+expect 2 selectra "${arguments[@]}" attention.selection.source=head0
+said 'attention.selection.source: bilinear -> head0'
+train plain model.context=210 train.steps=0 model.kv_heads=1
+expect 0 selectra "${arguments[@]}"
+expect 0 selectra inspect plain --json
+check "2 dh D parameters more a layer" test "$with" -eq $(($(number parameters out) + 2 * 2 * 16 * 64))
+expect 2 selectra "${arguments[@]}" run.dir=other train.init_from=variant
+said 'train.init_from: not of this model: .*sel_[qk]'
 verdict

@@ -18,6 +18,11 @@
 #define TENSOR_BOUND 1e-4
 #define LOGP_BOUND 1e-5      /* absolute: float logits of a few units */
 
+/* Cases: the sets of switches, then two with the bilinear source. */
+enum { CASES = SWITCHES + 2 };
+static bool is_bilinear(int c) { return c >= SWITCHES; }
+static int switches_of(int c) { return c < SWITCHES ? c : c == SWITCHES ? 1 : 6; }   /* selective; no self, no shift */
+
 /* A model, its data, and what the reference makes of them. */
 typedef struct {
     char name[160];
@@ -53,15 +58,20 @@ static void to_layout(const example *e, const double *from, float *to)
     }
 }
 
-static example example_new(const sel_dims *d, int64_t B, int64_t n, int s, double epsilon, uint64_t seed)
+static example example_new(const sel_dims *sizes, int64_t B, int64_t n, int c, double epsilon, uint64_t seed)
 {
     example e = { .B = B, .n = n };
-    e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F };
+    sel_dims dims = *sizes;
+    const sel_dims *const d = &dims;
+    const int s = switches_of(c);
+    dims.bilinear = is_bilinear(c);
+    e.ref.dims = (sel_ref_dims){ d->V, d->N, d->D, d->L, d->H, d->Hkv, d->dh, d->F, d->bilinear };
     e.ref.epsilon = switches[s].selective ? epsilon : 0.0;
     e.ref.attention.tau = 0.8;
     switches_set(&e.ref.attention, s);
     e.slack = switches[s].selective && !switches[s].relu ? 3.0 : 1.0;
-    snprintf(e.name, sizeof e.name, "%s, V %d D %d L %d H %d/%d dh %d F %d, B %d n %d, epsilon %g", switches[s].name,
+    snprintf(e.name, sizeof e.name, "%s%s, V %d D %d L %d H %d/%d dh %d F %d, B %d n %d, epsilon %g", switches[s].name,
+             dims.bilinear ? ", bilinear" : "",
              (int)d->V, (int)d->D, (int)d->L, (int)d->H, (int)d->Hkv, (int)d->dh, (int)d->F, (int)B, (int)n,
              e.ref.epsilon);
     CHECK_OK(sel_layout_new(&e.layout, d));
@@ -422,22 +432,23 @@ int main(void)
         sel_dims dims;           /* V, N, D, L, H, Hkv, dh, F */
         int64_t B, n;
     } shapes[] = {
-        { { 67, 40, 24, 2, 3, 1, 8, 17 }, 3, 33 },
-        { { 13, 9, 15, 3, 3, 3, 5, 11 }, 3, 9 },
-        { { 300, 130, 48, 2, 6, 2, 16, 101 }, 3, 130 },
-        { { 259, 70, 128, 1, 2, 2, 64, 341 }, 3, 70 },
-        { { 31, 8, 10, 2, 2, 1, 6, 7 }, 3, 1 },
+        { { 67, 40, 24, 2, 3, 1, 8, 17, false }, 3, 33 },
+        { { 13, 9, 15, 3, 3, 3, 5, 11, false }, 3, 9 },
+        { { 300, 130, 48, 2, 6, 2, 16, 101, false }, 3, 130 },
+        { { 259, 70, 128, 1, 2, 2, 64, 341, false }, 3, 70 },
+        { { 31, 8, 10, 2, 2, 1, 6, 7, false }, 3, 1 },
     };
     const bool quick = getenv("SEL_TEST_QUICK") != NULL;
     const sel_cpu_level top = sel_cpu_detect();
-    int c = 0;
+    int next = 0;
     for (int threads = 1; threads <= 2; threads++)
         for (int backend = SEL_LINEAR_ONEDNN; backend <= SEL_LINEAR_OPENBLAS; backend++) {
             sel_linear_engine *engine = NULL;
             CHECK_OK(sel_linear_open(&engine, (sel_linear_backend)backend, SEL_FLOAT32, threads));
             if (!engine) abort();
             for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
-                for (int s = 0; s < SWITCHES; s++, c++) {
+                for (int s = 0; s < CASES; s++) {
+                    const int c = is_bilinear(s) ? 1000 + next + s : next++;   /* seeds; ways go round */
                     if (quick && c % 3) continue;
                     sel_ops ops;
                     const way w = { (sel_linear_backend)backend, threads, c % 4 == 3 ? 2 : c % 2 ? 1 : 3,
@@ -448,7 +459,8 @@ int main(void)
                     check_train(&e, &w, &ops, engine);
                     check_score(&e, &w, &ops, engine);
                     check_decode(&e, &w, (int64_t[]){ 1, 7, e.n }[c % 3], &ops, engine);
-                    if (s == 0 && e.n > 1 && backend == SEL_LINEAR_ONEDNN) check_bfloat16(&e, threads, &ops);
+                    const bool usual = s == 0 || s == SWITCHES;
+                    if (usual && e.n > 1 && backend == SEL_LINEAR_ONEDNN) check_bfloat16(&e, threads, &ops);
                     example_free(&e);
                 }
             sel_linear_close(&engine);

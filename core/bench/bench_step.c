@@ -11,7 +11,7 @@ typedef struct {
     const sel_config *c;
     sel_layout *layout;
     sel_model *model;
-    float *params, *grads, *m, *v;   /* shared by the two kinds */
+    float *params, *grads, *m, *v;   /* shared by the two kinds, layout and params where both have the same tensors */
     int32_t *tokens;
     int64_t batch;
 } step;
@@ -49,39 +49,57 @@ static sel_status make(step *s, const sel_bench *b, const sel_config *c, bool se
     return sel_model_pack(s->model, s->params);
 }
 
+static sel_status make_params(step *s, const sel_dims *dims)
+{
+    s->params = NULL;
+    SEL_TRY(sel_layout_new(&s->layout, dims));
+    s->params = sel_alloc((size_t)s->layout->total * sizeof(float), "parameters");
+    if (!s->params) return SEL_ENOMEM;
+    sel_layout_init_params(s->layout, 1, s->params, s->b->threads);
+    return SEL_OK;
+}
+
 sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab, sel_bench_results *out)
 {
     static const char *const kinds[] = { "selective", "standard" };
     const sel_dims dims = sel_dims_of(c, vocab);
+    sel_dims standard = dims;   /* no selection, no projections for it */
     const int64_t batch = c->train.micro_batch ? c->train.micro_batch : dims.N < 4096 ? 4096 / dims.N : 1;
     step s = { .b = b, .c = c, .batch = batch };
     step both[2];
     sel_bench_case cases[2];
-    sel_status rc = sel_layout_new(&s.layout, &dims);
+    sel_status rc = make_params(&s, &dims);
 
-    if (rc != SEL_OK) return rc;
+    if (rc != SEL_OK) goto out;
     const size_t bytes = (size_t)s.layout->total * sizeof(float);
-    s.params = sel_alloc(bytes, "parameters");
     s.grads = sel_alloc(bytes, "gradients");
     s.m = sel_alloc(bytes, "first moments");
     s.v = sel_alloc(bytes, "second moments");
     s.tokens = sel_alloc((size_t)(batch * (dims.N + 1)) * sizeof *s.tokens, "tokens");
     if (!s.params || !s.grads || !s.m || !s.v || !s.tokens) rc = SEL_ENOMEM;
-    if (rc == SEL_OK) {
-        sel_layout_init_params(s.layout, 1, s.params, b->threads);
-        for (int64_t i = 0; i < batch * (dims.N + 1); i++)
-            s.tokens[i] = (int32_t)(sel_rng_uniform(1, 0, (uint64_t)i) * (double)dims.V);
-    }
+    for (int64_t i = 0; rc == SEL_OK && i < batch * (dims.N + 1); i++)
+        s.tokens[i] = (int32_t)(sel_rng_uniform(1, 0, (uint64_t)i) * (double)dims.V);
     both[0] = both[1] = s;
+    if (dims.bilinear) {
+        standard.bilinear = false;
+        both[1].layout = NULL;
+        both[1].params = NULL;
+        if (rc == SEL_OK) rc = make_params(&both[1], &standard);
+    }
     for (int i = 0; rc == SEL_OK && i < 2; i++) {
         rc = make(&both[i], b, c, i == 0);
         cases[i] = (sel_bench_case){ .run = run_step, .ctx = &both[i], .tokens = (double)(batch * dims.N),
-                                     .flops = sel_model_flops(&dims, batch * dims.N, dims.N),
+                                     .flops = sel_model_flops(&both[i].layout->dims, batch * dims.N, dims.N),
                                      .row = { .name = "step", .kind = kinds[i], .pass = "step",
                                               .B = batch, .H = dims.H, .N = dims.N, .dh = dims.dh } };
     }
     if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 2, false, out);
     for (int i = 0; i < 2; i++) sel_model_free(&both[i].model);
+    if (dims.bilinear) {
+        sel_free(both[1].params);
+        sel_layout_free(&both[1].layout);
+    }
+out:
     sel_free(s.params);
     sel_free(s.grads);
     sel_free(s.m);

@@ -171,6 +171,9 @@ static sel_status check_together(const loader *l)
         return fail_between(l, "attention.memory_loss.epsilon", "attention.kind",
                             "attention.memory_loss.epsilon (%g) needs attention.kind selective, not standard",
                             c->attention.memory_loss.epsilon);
+    if (c->attention.selection.source == SEL_SOURCE_BILINEAR && c->attention.kind != SEL_KIND_SELECTIVE)
+        return fail_between(l, "attention.selection.source", "attention.kind",
+                            "attention.selection.source bilinear needs attention.kind selective, not standard");
 
     int64_t tokens;
     const bool too_many = __builtin_mul_overflow(c->train.steps, c->train.batch, &tokens) ||

@@ -10,6 +10,7 @@
 #include "core/base/file.h"
 
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
+typedef enum { SEL_SOURCE_HEAD0, SEL_SOURCE_BILINEAR } sel_selection_source;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_WIRE_FLOAT32, SEL_WIRE_BFLOAT16 } sel_wire_type;
@@ -26,7 +27,10 @@ typedef struct sel_config {
     } model;
     struct {
         sel_attention_kind kind;
-        struct { bool relu, protect_bos, protect_self, shift; } selection;
+        struct {
+            bool relu, protect_bos, protect_self, shift;
+            sel_selection_source source;
+        } selection;
         struct { double epsilon, tau; } memory_loss;
     } attention;
     struct {

@@ -52,8 +52,8 @@ const sel_key sel_keys[] = {
      .model = true, .help = "a token does not mask itself"},
     {"attention.selection.shift", SEL_KEY_BOOL, AT(attention.selection.shift), .preset = "true", .model = true,
      .help = "masking acts on later rows only"},
-    {"attention.selection.source", SEL_KEY_WORD, NO_FIELD, .preset = "head0", .choices = "head0", .later = "bilinear",
-     .help = "what makes the selection"},
+    {"attention.selection.source", SEL_KEY_CHOICE, AT(attention.selection.source), .preset = "head0",
+     .choices = "head0|bilinear", .model = true, .help = "what selects: head 0, or projections of its own"},
     {"attention.memory_loss.epsilon", SEL_KEY_NUMBER, AT(attention.memory_loss.epsilon), .max = 1e6, .preset = "0",
      .help = "weight of the memory loss; 0: none"},
     {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6, .preset = "1",
@@ -134,9 +134,9 @@ const sel_key sel_keys[] = {
 const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);
 
 _Static_assert(sizeof sel_keys / sizeof *sel_keys <= SEL_KEYS_MAX, "SEL_KEYS_MAX is too small");
-_Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_backend_name) == sizeof(int) &&
-                   sizeof(sel_precision) == sizeof(int) && sizeof(sel_on_nan) == sizeof(int) &&
-                   sizeof(sel_wire_type) == sizeof(int),
+_Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_selection_source) == sizeof(int) &&
+                   sizeof(sel_backend_name) == sizeof(int) && sizeof(sel_precision) == sizeof(int) &&
+                   sizeof(sel_on_nan) == sizeof(int) && sizeof(sel_wire_type) == sizeof(int),
                "fields of choices are read and written as int");
 
 int sel_key_find(const char *key)

@@ -49,6 +49,8 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
         .dq = m->dqkv, .dq_seq = n * qkv_row, .dq_row = qkv_row,
         .dk = m->dqkv + q, .dk_seq = n * qkv_row, .dk_row = qkv_row,
         .dv = m->dqkv + qk_row, .dv_seq = n * qkv_row, .dv_row = qkv_row,
+        .dsel_q = m->dqkv + sel_column(d), .dsel_q_seq = n * qkv_row, .dsel_q_row = qkv_row,
+        .dsel_k = m->dqkv + sel_column(d) + sel_width(d), .dsel_k_seq = n * qkv_row, .dsel_k_row = qkv_row,
         .memory_coef = (float)(memory_scale / ((double)(d->L * n) * m->opt.attention.tau)),
     };
     tick(m);

@@ -95,6 +95,7 @@ static int hear_signal(sel_trainer *t, int64_t step)
 {
     static const struct { int number; const char *name; } names[] = {
         { SIGTERM, "SIGTERM" }, { SIGINT, "SIGINT" }, { SIGUSR1, "SIGUSR1" }, { SIGUSR2, "SIGUSR2" },
+        { SIGHUP, "SIGHUP" }, { SIGXCPU, "SIGXCPU" },
     };
     const char *name = "a signal";
     char line[96];
