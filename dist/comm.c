@@ -406,7 +406,8 @@ void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
 
     meet(c, __func__, (uint64_t)n);
     for (int64_t at = 0; at < n; at += chunk)
-        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_DOUBLE, MPI_SUM, c->world));
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_DOUBLE, MPI_SUM,
+                            c->world));
     sel_pulse_leave();
 }
 
@@ -416,7 +417,8 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
 
     meet(c, __func__, (uint64_t)n);
     for (int64_t at = 0; at < n; at += chunk)
-        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_FLOAT, MPI_SUM, c->world));
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_FLOAT, MPI_SUM,
+                            c->world));
     sel_pulse_leave();
 }
 

@@ -52,15 +52,16 @@ static sel_status make_slot(sel_exchange *x, slot *s)
     s->requests = calloc(2 * (size_t)x->members, sizeof *s->requests);
     s->statuses = calloc(2 * (size_t)x->members, sizeof *s->statuses);
     s->received = sel_alloc(floats * sizeof(float), "what other hosts send");
-    if (!s->requests || !s->statuses || !s->received) return sel_fail(SEL_ENOMEM, "no memory for what other hosts send");
+    if (!s->requests || !s->statuses || !s->received)
+        return sel_fail(SEL_ENOMEM, "no memory for what other hosts send");
     if (!x->bfloat16) return SEL_OK;
     s->out16 = sel_alloc(floats * sizeof(uint16_t), "what goes to other hosts");
     s->in16 = sel_alloc(floats * sizeof(uint16_t), "what other hosts send");
     return s->out16 && s->in16 ? SEL_OK : SEL_ENOMEM;
 }
 
-sel_status sel_exchange_new(sel_exchange **out, sel_comm *c, const sel_buckets *cut, int rail, int member, bool bfloat16,
-                            int threads)
+sel_status sel_exchange_new(sel_exchange **out, sel_comm *c, const sel_buckets *cut, int rail, int member,
+                            bool bfloat16, int threads)
 {
     sel_exchange *x = NULL;
     sel_status rc = SEL_OK;

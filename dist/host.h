@@ -26,7 +26,7 @@ void sel_host_window_free(sel_host_window **w);
 /* The part of that rank of this host. */
 void *sel_host_window_part(const sel_host_window *w, int host_rank);
 
-/* [collective, ranks of the host] Returns when all ranks of the host have called it; what they stored before is seen. */
+/* [collective, ranks of the host] Returns when all of them have called it; what they stored before is seen. */
 void sel_host_barrier(sel_comm *c);
 
 /* A number in a window that one rank raises and others of its host wait for.  Wraps around. */

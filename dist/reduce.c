@@ -88,8 +88,8 @@ static sel_status make_arrays(sel_reducer *r)
     } else if (r->opt.no_window) {
         snprintf(r->note, sizeof r->note, "ranks of a host reduce by MPI, as dist.shared_memory asks");
     } else if (r->opt.fixed_tree && !hosts_fit(r->comm)) {
-        snprintf(r->note, sizeof r->note, "dist.virtual_ranks: hosts with unlike numbers of ranks, or not powers of two, "
-                 "do not fit into the fixed tree; all ranks reduce by MPI");
+        snprintf(r->note, sizeof r->note, "dist.virtual_ranks: hosts with unlike numbers of ranks, or not powers of "
+                 "two, do not fit into the fixed tree; all ranks reduce by MPI");
     } else if ((rc = sel_host_window_new(&r->window, r->comm, bytes, what)) == SEL_OK) {
         hosts = true;
     } else {
@@ -308,7 +308,8 @@ static void complete(sel_reducer *r)
     }
     r->announced = r->folded = r->delivered = 0;
 
-    /* A sum passes each float between the hosts (hosts - 1) / hosts times on its way to its owner, and as often back. */
+    /* A sum passes each float between the hosts (hosts - 1) / hosts times on its way to its owner, and as
+       often back. */
     const double ways = r->round == SUM && !r->opt.zero ? 2 : 1;
     const double bytes = r->round == SUM && r->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
     r->wire.wire_least += ways * (r->groups - 1) / r->groups * r->own_floats * bytes;

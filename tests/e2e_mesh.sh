@@ -42,7 +42,11 @@ same_state w8.1 w8.mixed 30
 
 # Another tree gives other bits: the comparisons above can fail.
 trained w4 1 dist.virtual_ranks=4
-if cmp -s "$(state w4 30)/model.safetensors" "$(state w8.1 30)/model.safetensors"; then fail "four leaves give the bits of eight"; else pass; fi
+if cmp -s "$(state w4 30)/model.safetensors" "$(state w8.1 30)/model.safetensors"; then
+    fail "four leaves give the bits of eight"
+else
+    pass
+fi
 
 # ---- any ranks: the same twice, and with dist.zero
 trained r3 3 train.batch=18

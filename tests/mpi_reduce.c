@@ -39,7 +39,7 @@ static float expected(int64_t i, bool by_host)
     const char *text = getenv("SELECTRA_HOSTS");
     char all[16];
     snprintf(all, sizeof all, "%d", size);
-    if (!text) text = all;
+    if (!text || !*text) text = all;
     for (int first = 0; first < size;) {
         char *end;
         const int n = (int)strtol(text, &end, 10);

@@ -131,7 +131,8 @@ sel_status sel_bench_mesh(sel_comm *c, int64_t bytes, int runs, int threads, sel
 
     if (runs > MOST_ROUNDS) return sel_fail(SEL_EUSER, "at most %d rounds can be measured, not %d", MOST_ROUNDS, runs);
     if (b.n < 1) return sel_fail(SEL_EUSER, "%lld bytes are less than one number a rank", (long long)bytes);
-#define CASE(what, function, where, size) cases[n++] = (mesh_case){ .name = what, .run = function, .g = where, .bytes = size }
+#define CASE(what, function, where, size) \
+    cases[n++] = (mesh_case){ .name = what, .run = function, .g = where, .bytes = size }
     CASE("memcpy", run_memcpy, NULL, whole);
     if (in_host) {
         CASE("allreduce_host", run_sum, &b.host, whole);
