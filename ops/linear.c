@@ -114,15 +114,22 @@ sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy
 }
 
 sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                      int64_t x_row, float *dw)
+                                      int64_t x_row, float *dw, bool add)
 {
     SEL_ASSERT(l->backward && rows >= 0 && dy_row >= l->out && x_row >= l->in);
-    if (rows == 0) return SEL_OK;
+    if (rows == 0) {
+        if (!add) memset(dw, 0, (size_t)(l->out * l->in) * sizeof *dw);
+        return SEL_OK;
+    }
     const int before = threads_set(l->engine->threads);
-    const sel_status rc = l->engine->calls->backward_weight(l, rows, dy, dy_row, x, x_row, dw);
+    const sel_status rc = l->engine->calls->backward_weight(l, rows, dy, dy_row, x, x_row, dw, add);
     threads_set(before);
     return rc;
 }
+
+int64_t sel_linear_out(const sel_linear *l) { return l->out; }
+
+int64_t sel_linear_in(const sel_linear *l) { return l->in; }
 
 const char *sel_linear_library(const sel_linear_engine *e)
 {

@@ -44,9 +44,13 @@ sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_
 sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                      int64_t dx_row);
 
-/* dw [out][in] += dy^T x */
+/* dw [out][in] = dy^T x, or, where add, dw += dy^T x */
 sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                      int64_t x_row, float *dw);
+                                      int64_t x_row, float *dw, bool add);
+
+/* The matrix's sizes. */
+int64_t sel_linear_out(const sel_linear *l);
+int64_t sel_linear_in(const sel_linear *l);
 
 /* Name and version of the library, "oneDNN 2.6.3". */
 const char *sel_linear_library(const sel_linear_engine *e);

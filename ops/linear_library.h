@@ -25,7 +25,7 @@ typedef struct {
     sel_status (*backward_input)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                  int64_t dx_row);
     sel_status (*backward_weight)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                  int64_t x_row, float *dw);
+                                  int64_t x_row, float *dw, bool add);
 } sel_linear_library_calls;
 
 struct sel_linear_engine {

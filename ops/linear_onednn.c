@@ -21,7 +21,7 @@
 #error "this file is written for oneDNN 2.x: its memory descriptors and operation descriptors are another API in 3.x"
 #endif
 
-typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, KINDS } kind;
+typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, KINDS } kind;
 
 /* A product's key.  x_row and y_row: distance of the rows of x (or dx) and of y (or dy). */
 typedef struct {
@@ -29,14 +29,15 @@ typedef struct {
     int64_t rows, out, in, x_row, y_row;
 } shape;
 
-/* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT. */
+/* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT and, added to dw,
+   of BACKWARD_WEIGHT_ADD. */
 typedef struct {
     shape shape;
     bool packed;                    /* reads the layout's packed weights, not w in place */
     uint64_t used;                  /* the engine's clock at its latest use */
     dnnl_primitive_t primitive;
     dnnl_memory_t src, dst;
-    dnnl_memory_t weights;          /* x of BACKWARD_WEIGHT; otherwise NULL: the matrix has it */
+    dnnl_memory_t weights;          /* x of the weights' gradients; otherwise NULL: the matrix has it */
 } product;
 
 /* How the weights of one kind and matrix shape are packed. */
@@ -75,7 +76,7 @@ typedef struct {
 
 static const char *kind_name(kind k)
 {
-    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight" };
+    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight", "backward-weight" };
     return names[k];
 }
 
@@ -176,12 +177,12 @@ static void product_free(product *p)
     *p = (product){ 0 };
 }
 
-/* Fills *p for s; packing says how the weights may be packed (NULL for BACKWARD_WEIGHT). */
+/* Fills *p for s; packing says how the weights may be packed (NULL for the weights' gradients). */
 static sel_status product_make(product *p, onednn *e, const shape *s, const layout *packing)
 {
     dnnl_memory_desc_t src, dst, w;
     dnnl_primitive_desc_t pd = NULL;
-    const bool accumulate = s->kind == BACKWARD_WEIGHT;
+    const bool gradient = s->kind >= BACKWARD_WEIGHT, accumulate = s->kind == BACKWARD_WEIGHT_ADD;
     const dnnl_data_type_t type = operand_type(e->base.dtype);
     sel_status rc;
 
@@ -195,11 +196,11 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
             pd = NULL;
         }
     }
-    if (!p->packed && !accumulate && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
+    if (!p->packed && !gradient && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
         return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
     if (!p->packed) {
         const dnnl_status_t got =
-            accumulate ? describe(&w, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, type, s);
+            gradient ? describe(&w, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, type, s);
         SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
         SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
     }
@@ -207,7 +208,7 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
     rc = checked(dnnl_memory_create(&p->src, &src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
     if (rc != SEL_OK) goto out;
     rc = checked(dnnl_memory_create(&p->dst, &dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-    if (rc != SEL_OK || !accumulate) goto out;
+    if (rc != SEL_OK || !gradient) goto out;
     rc = checked(dnnl_memory_create(&p->weights, &w, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
 out:
     dnnl_primitive_desc_destroy(pd);
@@ -416,7 +417,7 @@ static sel_status product_of(product **p, const sel_linear *base, kind k, int64_
 {
     const matrix *m = (const matrix *)base;
     const shape s = { .kind = k, .rows = rows, .out = base->out, .in = base->in, .x_row = x_row, .y_row = y_row };
-    return product_get(p, (onednn *)base->engine, &s, k == BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
+    return product_get(p, (onednn *)base->engine, &s, k >= BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
 }
 
 static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row)
@@ -450,10 +451,10 @@ static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const vo
 }
 
 static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row,
-                                         const void *x, int64_t x_row, float *dw)
+                                         const void *x, int64_t x_row, float *dw, bool add)
 {
     product *p;
-    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, dy_row));
+    SEL_TRY(product_of(&p, base, add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, rows, x_row, dy_row));
     SEL_TRY(point(p->weights, x, &p->shape));
     return product_run((onednn *)base->engine, p, dy, p->weights, dw);
 }

@@ -115,8 +115,8 @@ static void check_backward_weight(const setup *s, sel_linear *l, const grid *x, 
     memcpy(before.at, dw.at, (size_t)dw.size * sizeof(float));
     grid again = grid_new(s->out, s->in, s->in, s->exact);
     memcpy(again.at, dw.at, (size_t)dw.size * sizeof(float));
-    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, dw.at));
-    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at));
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, dw.at, true));
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at, true));
     CHECK(memcmp(dw.at, again.at, (size_t)dw.size * sizeof(float)) == 0, "%s: two runs differ", name);
     bool good = true;
     for (int64_t o = 0; o < s->out; o++)
@@ -125,6 +125,16 @@ static void check_backward_weight(const setup *s, sel_linear *l, const grid *x, 
                          s->rows, s->exact);
     CHECK(good, "%s", name);
     rim_check(&dw, name);
+
+    /* written instead of added to: NaN that lies there must not matter */
+    for (int64_t i = 0; i < s->out * s->in; i++) again.at[i] = NAN;
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at, false));
+    good = true;
+    for (int64_t o = 0; o < s->out; o++)
+        for (int64_t i = 0; i < s->in; i++)
+            good &= near(again.at[o * s->in + i], 0.0, dy->at + o, dy->row, x->at + i, x->row, s->rows, s->exact);
+    CHECK(good, "%s, written", name);
+    rim_check(&again, name);
     free(again.at);
     free(before.at);
     free(dw.at);
@@ -158,7 +168,7 @@ static void check_shape(sel_linear_engine *e, int64_t out, int64_t in, bool exac
         CHECK_OK(sel_linear_prepare(l, 0, in, out));
         CHECK_OK(sel_linear_forward(l, 0, NULL, in, NULL, out));
         CHECK_OK(sel_linear_backward_input(l, 0, NULL, out, NULL, in));
-        CHECK_OK(sel_linear_backward_weight(l, 0, NULL, out, NULL, in, NULL));
+        CHECK_OK(sel_linear_backward_weight(l, 0, NULL, out, NULL, in, NULL, true));
         free(w.at);
     }
     sel_linear_free(&l);

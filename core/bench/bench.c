@@ -181,7 +181,7 @@ static sel_status gemm_input(void *ctx)
 static sel_status gemm_weight(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->dy, g->out, g->x, g->in, g->dw);
+    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->dy, g->out, g->x, g->in, g->dw, true);
 }
 
 sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)

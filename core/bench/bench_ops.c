@@ -25,7 +25,7 @@ static sel_status rmsnorm_forward(void *ctx)
 static sel_status rmsnorm_backward(void *ctx)
 {
     data *d = ctx;
-    d->ops->rmsnorm_backward(d->y, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D, d->threads);
+    d->ops->rmsnorm_backward(d->y, d->y, NULL, NULL, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D, d->threads);
     return SEL_OK;
 }
 static sel_status headnorm_forward(void *ctx)
@@ -49,7 +49,7 @@ static sel_status add(void *ctx)
 static sel_status cross_entropy(void *ctx)
 {
     data *d = ctx;
-    d->ops->cross_entropy(d->logits, d->logp, d->best, d->target, 1e-9f, SLICE, VOCAB, d->threads);
+    d->ops->cross_entropy(d->logits, NULL, d->logp, d->best, d->target, 1e-9f, SLICE, VOCAB, d->threads);
     return SEL_OK;
 }
 static sel_status adamw(void *ctx)

@@ -24,8 +24,7 @@ static sel_status run_step(void *ctx)
     const int64_t N = s->layout->dims.N, total = s->layout->total;
     sel_batch_stats stats;
 
-    memset(s->grads, 0, (size_t)total * sizeof *s->grads);
-    SEL_TRY(sel_model_train(s->model, s->params, s->grads, s->tokens, s->batch, N, 1.0 / (double)(s->batch * N), 0.0,
+    SEL_TRY(sel_model_train(s->model, s->params, s->grads, false, s->tokens, s->batch, N, 1.0 / (double)(s->batch * N), 0.0,
                             NULL, NULL, &stats));
     const double norm = sqrt(ops->sum_squares(s->grads, total, s->b->threads));
     if (!isfinite(norm)) return sel_fail(SEL_ENUM, "the benchmark's gradient is not finite");

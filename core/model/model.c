@@ -27,8 +27,7 @@ double sel_model_flops(const sel_dims *d, int64_t tokens, int64_t n)
 {
     const double matrices = (double)d->L * ((double)d->D * (double)(qkv_width(d) + q_width(d)) +
                                             3.0 * (double)d->D * (double)d->F) + (double)d->V * (double)d->D;
-    const double attention = (double)d->L * 4.0 * (double)q_width(d) * (double)(n + 1) / 2.0;
-    return 3.0 * (double)tokens * (2.0 * matrices + attention);
+    return 3.0 * (double)tokens * (2.0 * matrices + (double)d->L * attention_flops(d, 1, n) / (double)n);
 }
 
 /* Walks the block of memory: first with base NULL to learn its size, then to hand out places. */
@@ -85,50 +84,71 @@ static size_t attention_bytes(const sel_model *m)
     return bytes;
 }
 
+static void plan_attention_half(sel_model *m, arena *a)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t T = m->opt.batch * m->opt.tokens;
+    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
+    if (m->opt.bfloat16) m->att16 = take(a, T * q_width(d), sizeof *m->att16);
+    if (m->opt.use != SEL_USE_TRAIN) return;
+    m->dqkv = floats(a, T * qkv_width(d));
+    m->datt = floats(a, T * q_width(d));
+    if (m->opt.bfloat16) m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
+}
+
+static void plan_feed_forward_half(sel_model *m, arena *a)
+{
+    const int64_t n = m->opt.batch * m->opt.tokens * m->layout->dims.F;
+    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
+    m->act = take(a, n, operand_bytes);
+    if (m->opt.use != SEL_USE_TRAIN) return;
+    m->da = floats(a, n);
+    m->dgu = take(a, 2 * n, operand_bytes);
+}
+
 static void plan_memory(sel_model *m, arena *a)
 {
     const sel_dims *d = &m->layout->dims;
     const int64_t b = m->opt.batch, T = b * m->opt.tokens;
+    const bool train = m->opt.use == SEL_USE_TRAIN;
 
     m->x = floats(a, T * d->D);
     m->rstd_final = floats(a, T);
-    if (m->opt.use == SEL_USE_TRAIN) {
+    if (train) {
         for (int64_t l = 0; l < d->L; l++) plan_kept(m, a, &m->kept[l]);
     } else {
         plan_kept(m, a, &m->kept[0]);
         for (int64_t l = 1; l < d->L; l++) m->kept[l] = m->kept[0];
     }
     m->h = floats(a, T * d->D);
-    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
-    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
-    m->act = take(a, T * d->F, operand_bytes);
-    if (m->opt.bfloat16) {
-        m->h16 = take(a, T * d->D, sizeof *m->h16);
-        m->att16 = take(a, T * q_width(d), sizeof *m->att16);
-    }
     m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
-    m->logits = floats(a, m->logit_rows * d->V);
     m->logp = take(a, m->logit_rows, sizeof *m->logp);
     m->best = take(a, m->logit_rows, sizeof *m->best);
     m->inputs = take(a, T, sizeof *m->inputs);
     m->targets = take(a, T, sizeof *m->targets);
     m->m_max = take(a, b, sizeof *m->m_max);
     m->attention = take(a, (int64_t)attention_bytes(m), 1);
-
-    if (m->opt.use == SEL_USE_TRAIN) {
+    if (m->opt.bfloat16) m->h16 = take(a, T * d->D, sizeof *m->h16);
+    if (train) {
         m->dx = floats(a, T * d->D);
         m->dh = floats(a, T * d->D);
-        m->dqkv = floats(a, T * qkv_width(d));
-        m->datt = floats(a, T * q_width(d));
-        m->dgu = take(a, T * 2 * d->F, operand_bytes);
-        if (m->opt.bfloat16) {
-            m->dx16 = take(a, T * d->D, sizeof *m->dx16);
-            m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
-            m->logits16 = take(a, m->logit_rows * d->V, sizeof *m->logits16);
-        }
-        m->da = floats(a, T * d->F);
         m->partial = floats(a, m->opt.threads * most(d->D, d->dh));
+        if (m->opt.bfloat16) m->dx16 = take(a, T * d->D, sizeof *m->dx16);
     }
+
+    /* Attention half, feed-forward half, output matrix: one at a time, in the same place. */
+    const size_t begin = a->used;
+    plan_attention_half(m, a);
+    const size_t attention_end = a->used;
+    a->used = begin;
+    plan_feed_forward_half(m, a);
+    const size_t feed_forward_end = a->used;
+    a->used = begin;
+    m->logits = floats(a, m->logit_rows * d->V);
+    if (train && m->opt.bfloat16) m->logits16 = take(a, m->logit_rows * d->V, sizeof *m->logits16);
+    if (attention_end > a->used) a->used = attention_end;
+    if (feed_forward_end > a->used) a->used = feed_forward_end;
+
     for (int64_t l = 0; m->opt.use == SEL_USE_DECODE && l < d->L; l++) {
         m->k_cache[l] = floats(a, b * d->N * kv_width(d));
         m->v_cache[l] = floats(a, b * d->N * kv_width(d));

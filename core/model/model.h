@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "core/base/profile.h"
 #include "core/model/layout.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
@@ -38,6 +39,7 @@ typedef struct {
     int threads;
     const sel_ops *ops;           /* must outlive the model */
     sel_linear_engine *engine;    /* must outlive the model */
+    sel_profile *profile;         /* laps of every call are added to it; must outlive the model; NULL: not wanted */
 } sel_model_options;
 
 /* The attention options that a configuration asks for. */
@@ -63,11 +65,12 @@ typedef struct {
 } sel_batch_stats;
 
 /* Forward and backward of `batch` sequences of n tokens: tokens [batch][n + 1], inputs
-   then targets.  grads [layout total] += loss_scale * d(sum of -log p) + memory_scale * d(stats->memory).
+   then targets.  grads [layout total] = (add: +=) loss_scale * d(sum of -log p) + memory_scale * d(stats->memory).
+   Unless add, what grads held does not matter, but for the gaps between tensors, which are left alone.
    ready(ctx, begin, end), where not NULL, is told each stretch of grads that no later
    layer of this call will touch, from the last layer to the first. */
-sel_status sel_model_train(sel_model *m, const float *params, float *grads, const int32_t *tokens, int64_t batch,
-                           int64_t n, double loss_scale, double memory_scale,
+sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool add, const int32_t *tokens,
+                           int64_t batch, int64_t n, double loss_scale, double memory_scale,
                            void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats);
 
 /* Forward only.  logp, best [batch][n] where not NULL: log p of each target, and whether it

@@ -31,7 +31,6 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
     const double loss_scale = 1.0 / (double)(batch * N),
                  memory_scale = c->attention.memory_loss.epsilon / (double)batch;
 
-    memset(t->grads, 0, (size_t)t->layout->total * sizeof *t->grads);
     sel_fault("data", step, "");
     for (int64_t i = 0; i < t->count; i += t->micro) {
         const bool last = i + t->micro >= t->count;
@@ -41,8 +40,8 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
             sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1));
         }
-        SEL_TRY(sel_model_train(t->model, t->params, t->grads, t->tokens, t->micro, N, loss_scale, memory_scale,
-                                last ? gradients_ready : NULL, t->reducer, &stats));
+        SEL_TRY(sel_model_train(t->model, t->params, t->grads, i > 0, t->tokens, t->micro, N, loss_scale,
+                                memory_scale, last ? gradients_ready : NULL, t->reducer, &stats));
         sums[SUM_LOSS] += stats.loss;
         sums[SUM_MEMORY] += stats.memory;
         sums[SUM_TOKENS] += (double)stats.tokens;
