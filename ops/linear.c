@@ -127,6 +127,8 @@ sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *d
     return rc;
 }
 
+size_t sel_linear_bytes(const sel_linear *l) { return l->bytes; }
+
 int64_t sel_linear_out(const sel_linear *l) { return l->out; }
 
 int64_t sel_linear_in(const sel_linear *l) { return l->in; }

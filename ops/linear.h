@@ -9,6 +9,7 @@
 #define SEL_OPS_LINEAR_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include "core/base/error.h"
 
@@ -47,6 +48,9 @@ sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy
 /* dw [out][in] = dy^T x, or, where add, dw += dy^T x */
 sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                       int64_t x_row, float *dw, bool add);
+
+/* Bytes of its packed copies. */
+size_t sel_linear_bytes(const sel_linear *l);
 
 /* The matrix's sizes. */
 int64_t sel_linear_out(const sel_linear *l);

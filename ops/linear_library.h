@@ -41,6 +41,7 @@ struct sel_linear {
     int64_t out, in;
     bool backward;
     const float *w;      /* of the latest pack; NULL before the first */
+    size_t bytes;        /* of its packed copies, counted by make */
 };
 
 extern const sel_linear_library_calls sel_linear_onednn_calls, sel_linear_openblas_calls;

@@ -322,7 +322,7 @@ static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_ou
     return SEL_OK;
 }
 
-static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in)
+static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in, size_t *counted)
 {
     dnnl_memory_desc_t plain;
     SEL_TRY(layout_get(&w->layout, e, k, n_out, n_in));
@@ -330,8 +330,10 @@ static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int
     SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
     SEL_TRY(checked(dnnl_memory_create(&w->plain, &plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
     if (!w->layout->packed) return SEL_OK;
-    w->block = sel_alloc(dnnl_memory_desc_get_size(&w->layout->md), "the packed weights of a linear layer");
+    const size_t bytes = dnnl_memory_desc_get_size(&w->layout->md);
+    w->block = sel_alloc(bytes, "the packed weights of a linear layer");
     if (!w->block) return SEL_ENOMEM;
+    *counted += bytes;
     return checked(dnnl_memory_create(&w->packed, &w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
 }
 
@@ -392,9 +394,9 @@ static sel_status onednn_make(sel_linear *base)
 {
     matrix *m = (matrix *)base;
     onednn *e = (onednn *)base->engine;
-    SEL_TRY(weights_make(&m->weights[FORWARD], e, FORWARD, base->out, base->in));
+    SEL_TRY(weights_make(&m->weights[FORWARD], e, FORWARD, base->out, base->in, &base->bytes));
     if (!base->backward) return SEL_OK;
-    return weights_make(&m->weights[BACKWARD_INPUT], e, BACKWARD_INPUT, base->out, base->in);
+    return weights_make(&m->weights[BACKWARD_INPUT], e, BACKWARD_INPUT, base->out, base->in, &base->bytes);
 }
 
 static void onednn_drop(sel_linear *base)

@@ -29,7 +29,31 @@ typedef struct {
 typedef struct {
     sel_bench_result *rows;   /* [n], owned */
     int n, capacity;
+} sel_bench_rows;
+
+/* Bytes that a training step should need, by their use. */
+typedef struct {
+    const char *dtype;
+    int64_t B, N;
+    size_t program;           /* resident before the first array */
+    size_t parameters, gradients, moments, packed, kept, scratch, yardsticks;
+    size_t resident;          /* measured: the process's peak when the step had run */
+} sel_bench_memory;
+
+static inline size_t sel_bench_budget(const sel_bench_memory *m)
+{
+    return m->program + m->parameters + m->gradients + m->moments + m->packed + m->kept + m->scratch + m->yardsticks;
+}
+
+enum { SEL_BENCH_BUDGETS = 64 };
+
+typedef struct {
+    sel_bench_rows results;
+    sel_bench_rows parts;     /* of the steps among the results, in their order */
+    sel_bench_memory memory[SEL_BENCH_BUDGETS];   /* of the first steps; a later one's peak hides under an earlier's */
+    int n_memory;
     double peak_gflops[2];    /* medians by sel_dtype, on the latest call's threads */
+    double copy_gbytes;       /* GB/s of a copy of memory, the same; 0: not measured */
 } sel_bench_results;
 
 typedef struct {

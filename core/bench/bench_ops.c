@@ -100,7 +100,7 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
     for (int i = 0; i < CASES; i++)
         cases[i] = (sel_bench_case){ .run = list[i].run, .ctx = &d, .bytes = list[i].bytes,
                                      .row = { .name = list[i].name, .pass = list[i].pass, .N = rows } };
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, CASES, true, out);
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, CASES, SEL_YARD_COPY, out);
     for (int i = 0; i < ARRAYS; i++) sel_free(*arrays[i]);
     sel_free(d.logp);
     sel_free(d.best);

@@ -114,12 +114,14 @@ static void plan_memory(sel_model *m, arena *a)
 
     m->x = floats(a, T * d->D);
     m->rstd_final = floats(a, T);
+    const size_t kept_begin = a->used;
     if (train) {
         for (int64_t l = 0; l < d->L; l++) plan_kept(m, a, &m->kept[l]);
     } else {
         plan_kept(m, a, &m->kept[0]);
         for (int64_t l = 1; l < d->L; l++) m->kept[l] = m->kept[0];
     }
+    m->kept_bytes = train ? a->used - kept_begin : 0;
     m->h = floats(a, T * d->D);
     m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
     m->logp = take(a, m->logit_rows, sizeof *m->logp);
@@ -239,24 +241,38 @@ void sel_model_free(sel_model **model)
     *model = NULL;
 }
 
-size_t sel_model_bytes(const sel_model *m)
+void sel_model_memory(const sel_model *m, size_t *packed, size_t *kept, size_t *scratch)
 {
-    const sel_dims *d = &m->layout->dims;
-    const int64_t packed = d->L * d->D * (qkv_width(d) + q_width(d) + 3 * d->F) + d->V * d->D;
-    return m->bytes + (size_t)packed * (m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float)) *
-                          (m->opt.use == SEL_USE_TRAIN ? 2 : 1);
+    *packed = sel_linear_bytes(m->lm_head);
+    for (int64_t l = 0; l < m->layout->dims.L; l++)
+        *packed += sel_linear_bytes(m->linears[l].qkv) + sel_linear_bytes(m->linears[l].o_proj) +
+                   sel_linear_bytes(m->linears[l].gate_up) + sel_linear_bytes(m->linears[l].down_proj);
+    *kept = m->kept_bytes;
+    *scratch = m->bytes - m->kept_bytes;
+}
+
+void sel_model_set_selective(sel_model *m, bool selective, sel_profile *profile)
+{
+    SEL_ASSERT(!selective || m->opt.use != SEL_USE_TRAIN || m->kept[0].saved);
+    m->opt.attention.selective = selective;
+    m->opt.profile = profile;
 }
 
 sel_status sel_model_pack(sel_model *m, const float *params)
 {
     const sel_layout *o = m->layout;
+    sel_profile_start(m->opt.profile);
     for (int64_t l = 0; l < o->dims.L; l++) {
         SEL_TRY(sel_linear_pack(m->linears[l].qkv, params + o->layers[l].qkv));
         SEL_TRY(sel_linear_pack(m->linears[l].o_proj, params + o->layers[l].o_proj));
         SEL_TRY(sel_linear_pack(m->linears[l].gate_up, params + o->layers[l].gate_up));
         SEL_TRY(sel_linear_pack(m->linears[l].down_proj, params + o->layers[l].down_proj));
     }
-    return sel_linear_pack(m->lm_head, params + o->lm_head);
+    SEL_TRY(sel_linear_pack(m->lm_head, params + o->lm_head));
+    size_t packed, kept, scratch;
+    sel_model_memory(m, &packed, &kept, &scratch);
+    sel_profile_lap(m->opt.profile, SEL_PART_PACK, 0.0, (double)packed + 4.0 * (double)o->parameters);
+    return SEL_OK;
 }
 
 sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t batch, int64_t n)

@@ -49,8 +49,11 @@ sel_attention_options sel_attention_options_of(const sel_config *c);
 sel_status sel_model_new(sel_model **m, const sel_layout *layout, const sel_model_options *o);
 void       sel_model_free(sel_model **m);
 
-/* Bytes of activations and scratch that the model holds, and of packed weights (estimate). */
-size_t sel_model_bytes(const sel_model *m);
+/* Bytes that the model holds: packed weights, activations kept for backward, scratch. */
+void sel_model_memory(const sel_model *m, size_t *packed, size_t *kept, size_t *scratch);
+
+/* For measurements: selection off, or on again in a model that was made with it, and where its laps go from now on. */
+void sel_model_set_selective(sel_model *m, bool selective, sel_profile *profile);
 
 /* Packs the linear layers' weights.  params [layout total] are read by every later call
    too (norms, embeddings): the same array must be passed, unchanged since. */

@@ -36,7 +36,7 @@ struct sel_model {
     sel_linear *lm_head;
 
     char *memory;                 /* the one block behind all arrays below */
-    size_t bytes;
+    size_t bytes, kept_bytes;     /* of the block; of what backward needs of it */
     sel_kept *kept;               /* [L]; all alike unless training */
     float *x;                     /* [T][D]   residual stream after the last layer; unless training, all along */
     float *rstd_final;            /* [T] */

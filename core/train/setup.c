@@ -142,7 +142,7 @@ static sel_status make_model(sel_trainer *t)
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
                                   .attention = sel_attention_options_of(c),
                                   .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
-                                  .ops = &t->ops, .engine = t->engine };
+                                  .ops = &t->ops, .engine = t->engine, .profile = &t->profile };
     SEL_TRY(sel_model_new(&t->model, t->layout, &o));
     return sel_reducer_new(&t->reducer, t->comm, &t->mesh, t->grads, t->layout->total);
 }

@@ -40,6 +40,7 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
             sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1));
         }
+        sel_profile_lap(&t->profile, SEL_PART_DATA, 0.0, 0.0);
         SEL_TRY(sel_model_train(t->model, t->params, t->grads, i > 0, t->tokens, t->micro, N, loss_scale,
                                 memory_scale, last ? gradients_ready : NULL, t->reducer, &stats));
         sums[SUM_LOSS] += stats.loss;
@@ -56,17 +57,21 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     double sums[SUMS] = { 0 };
 
     sel_fault("forward", step, "");
+    sel_profile_start(&t->profile);
     if (local_gradient(t, step, sums) != SEL_OK) die(t, "the gradient", step);
     if (sel_fault("forward", step, "nan")) sums[SUM_LOSS] = NAN;
     if (sel_fault("backward", step, "nan")) t->grads[0] = NAN;
     sel_fault("reduce", step, "");
     sel_reducer_finish(t->reducer);
+    sel_profile_lap(&t->profile, SEL_PART_REDUCE, 0.0, 0.0);
 
     const double norm = sqrt(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
+    sel_profile_lap(&t->profile, SEL_PART_GRADIENT_NORM, 0.0, 4.0 * (double)t->layout->total);
     sums[SUM_NOT_FINITE] = !isfinite(norm) || !isfinite(sums[SUM_LOSS]) || !isfinite(sums[SUM_MEMORY]);
     sums[SUM_SIGNAL] = *t->job->signal ? 1.0 : 0.0;
     sums[SUM_SAVE] = save_due ? 1.0 : 0.0;
     sel_comm_sum_doubles(t->comm, sums, SUMS);
+    sel_profile_lap(&t->profile, SEL_PART_REDUCE, 0.0, 0.0);
 
     s->loss = sums[SUM_LOSS] / sums[SUM_TOKENS];
     s->memory_loss = c->attention.memory_loss.epsilon * sums[SUM_MEMORY] / (double)c->train.batch;
@@ -82,6 +87,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     const double clip = c->train.clip;
     sel_fault("optimizer", step, "");
     sel_optimizer_update(t, step, s->lr, clip > 0.0 && norm > clip ? clip / norm : 1.0);
+    sel_profile_lap(&t->profile, SEL_PART_OPTIMIZER, 0.0, 28.0 * (double)t->layout->parameters);
     if (sel_model_pack(t->model, t->params) != SEL_OK) die(t, "packing the weights", step);
     t->step = step;
     t->tokens_seen += s->tokens;

@@ -34,6 +34,7 @@ typedef struct sel_trainer {
     int32_t *tokens;                 /* [micro][N + 1] */
     int threads;
     double peak_gflops;
+    sel_profile profile;             /* laps of all steps of this job */
 
     int64_t step, tokens_seen;       /* completed */
 } sel_trainer;
