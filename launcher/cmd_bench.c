@@ -117,6 +117,7 @@ static void print_json(const sel_bench_results *r, int threads)
     json_rows("results", &r->results);
     if (r->parts.n) json_rows("parts", &r->parts);
     if (r->n_memory) json_memory(r);
+    if (r->choice[0]) printf(", \"linear_choice\": \"%s\"", r->choice);
     printf("}\n");
 }
 
@@ -173,6 +174,7 @@ static sel_status run_cases(const char *what, const request *r, const sel_ops *o
 
     SEL_TRY(sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN,
                             dtype, threads));
+    b.probe = strcmp(r->backend, "auto") == 0;
     if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, out);
     else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, out);
     else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, out);
@@ -183,6 +185,7 @@ static sel_status run_cases(const char *what, const request *r, const sel_ops *o
             printf(", peak of %s matrix products %.0f GFLOP/s", dtype_names[dtype], out->peak_gflops[dtype]);
         if (out->copy_gbytes > 0.0) printf(", copy of memory %.1f GB/s", out->copy_gbytes);
         putchar('\n');
+        if (out->choice[0]) printf("products by %s\n", out->choice);
         print_table(&out->results, from);
         print_parts(out, parts);
         for (int i = memory; i < out->n_memory; i++) print_memory(&out->memory[i]);
@@ -228,7 +231,7 @@ int sel_cmd_bench(int argc, char **argv)
         {"head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)"},
         {"runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)"},
         {"dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)"},
-        {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)"},
+        {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "linear layers: onednn, openblas, or auto: measured (onednn)"},
         {"json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object"},
     };
     const sel_command command = {
@@ -256,8 +259,8 @@ int sel_cmd_bench(int argc, char **argv)
     if (!r.contexts && strcmp(what, "attention") == 0) r.contexts = "512,1024,2048";
     if (r.contexts && !read_numbers(r.contexts, &contexts))
         return sel_options_mistake(&command, "--context: expected numbers such as 512,1024, got \"%s\"", r.contexts);
-    if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0)
-        return sel_options_mistake(&command, "--backend: expected onednn or openblas, got \"%s\"", r.backend);
+    if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0 && strcmp(r.backend, "auto") != 0)
+        return sel_options_mistake(&command, "--backend: expected onednn, openblas or auto, got \"%s\"", r.backend);
 
     if (!strstr(r.dtypes, "float32") && !strstr(r.dtypes, "bfloat16"))
         return sel_options_mistake(&command, "--dtype: expected float32, bfloat16 or both, got \"%s\"", r.dtypes);

@@ -33,6 +33,8 @@ struct sel_linear_engine {
     sel_dtype dtype;
     int threads;
     int matrices;        /* alive */
+    sel_linear_choice *choices;   /* [n_choices] */
+    int n_choices;
     char version[64];    /* "oneDNN 2.6.3", written by open */
 };
 
@@ -42,6 +44,7 @@ struct sel_linear {
     bool backward;
     const float *w;      /* of the latest pack; NULL before the first */
     size_t bytes;        /* of its packed copies, counted by make */
+    char by[SEL_LINEAR_PASSES];   /* who makes each product (linear.h), set before make */
 };
 
 extern const sel_linear_library_calls sel_linear_onednn_calls, sel_linear_openblas_calls;

@@ -21,7 +21,7 @@
 #error "this file is written for oneDNN 2.x: its memory descriptors and operation descriptors are another API in 3.x"
 #endif
 
-typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, KINDS } kind;
+typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, INNER_WEIGHT, KINDS } kind;
 
 /* A product's key.  x_row and y_row: distance of the rows of x (or dx) and of y (or dy). */
 typedef struct {
@@ -30,7 +30,7 @@ typedef struct {
 } shape;
 
 /* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT and, added to dw,
-   of BACKWARD_WEIGHT_ADD. */
+   of BACKWARD_WEIGHT_ADD.  INNER_WEIGHT is BACKWARD_WEIGHT by another primitive. */
 typedef struct {
     shape shape;
     bool packed;                    /* reads the layout's packed weights, not w in place */
@@ -60,6 +60,8 @@ typedef struct {
     product *products;              /* [MOST_PRODUCTS] */
     int n_products;
     uint64_t clock;
+    float *sum;                     /* [sum_floats] a gradient by INNER_WEIGHT before it is added */
+    size_t sum_floats;              /* of the largest such matrix */
 } onednn;
 
 /* One direction's weights. */
@@ -76,7 +78,8 @@ typedef struct {
 
 static const char *kind_name(kind k)
 {
-    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight", "backward-weight" };
+    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight", "backward-weight",
+                                              "inner-product weight" };
     return names[k];
 }
 
@@ -133,6 +136,21 @@ static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t en
     return rc;
 }
 
+/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add. */
+static dnnl_status_t describe_inner_weight(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, const dnnl_memory_desc_t *x,
+                                           const dnnl_memory_desc_t *dy, const dnnl_memory_desc_t *dw,
+                                           const dnnl_memory_desc_t *w)
+{
+    dnnl_inner_product_desc_t forward, desc;
+    dnnl_primitive_desc_t hint = NULL;
+    dnnl_status_t rc = dnnl_inner_product_forward_desc_init(&forward, dnnl_forward_training, x, w, NULL, dy);
+    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(&hint, &forward, NULL, engine, NULL);
+    if (rc == dnnl_success) rc = dnnl_inner_product_backward_weights_desc_init(&desc, x, dw, NULL, dy);
+    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(pd, &desc, NULL, engine, hint);
+    if (hint) dnnl_primitive_desc_destroy(hint);
+    return rc;
+}
+
 /* ---- products ---- */
 
 /* The weights as the caller stores them, [out][in] of `type`: columns of W^T for FORWARD, W itself for
@@ -177,6 +195,38 @@ static void product_free(product *p)
     *p = (product){ 0 };
 }
 
+/* The memory objects of *p, without their pointers yet; weights may be NULL. */
+static sel_status product_memory(product *p, onednn *e, const dnnl_memory_desc_t *src,
+                                 const dnnl_memory_desc_t *weights_md, const dnnl_memory_desc_t *dst)
+{
+    const shape *s = &p->shape;
+    SEL_TRY(checked(dnnl_memory_create(&p->src, src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
+    SEL_TRY(checked(dnnl_memory_create(&p->dst, dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
+    if (!weights_md) return SEL_OK;
+    return checked(dnnl_memory_create(&p->weights, weights_md, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+}
+
+/* Fills *p for an INNER_WEIGHT; its src is dy, its weights are x. */
+static sel_status inner_make(product *p, onednn *e, const shape *s)
+{
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
+    dnnl_memory_desc_t x, dy, dw, w;
+    dnnl_primitive_desc_t pd = NULL;
+
+    *p = (product){ .shape = *s };
+    dnnl_status_t rc = describe(&x, type, s->rows, s->in, s->x_row, 1);
+    if (rc == dnnl_success) rc = describe(&dy, type, s->rows, s->out, s->y_row, 1);
+    if (rc == dnnl_success) rc = describe(&dw, dnnl_f32, s->out, s->in, s->in, 1);
+    if (rc == dnnl_success) rc = describe_any(&w, type, s->out, s->in);
+    SEL_TRY(checked(rc, "dnnl_memory_desc_init_by_strides", s));
+    SEL_TRY(checked(describe_inner_weight(&pd, e->engine, &x, &dy, &dw, &w), "dnnl_primitive_desc_create", s));
+    sel_status made = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s);
+    dnnl_primitive_desc_destroy(pd);
+    if (made == SEL_OK) made = product_memory(p, e, &dy, &x, &dw);
+    if (made != SEL_OK) product_free(p);
+    return made;
+}
+
 /* Fills *p for s; packing says how the weights may be packed (NULL for the weights' gradients). */
 static sel_status product_make(product *p, onednn *e, const shape *s, const layout *packing)
 {
@@ -205,11 +255,7 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
         SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
     }
     if ((rc = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s)) != SEL_OK) goto out;
-    rc = checked(dnnl_memory_create(&p->src, &src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-    if (rc != SEL_OK) goto out;
-    rc = checked(dnnl_memory_create(&p->dst, &dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-    if (rc != SEL_OK || !gradient) goto out;
-    rc = checked(dnnl_memory_create(&p->weights, &w, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+    rc = product_memory(p, e, &src, gradient ? &w : NULL, &dst);
 out:
     dnnl_primitive_desc_destroy(pd);
     if (rc != SEL_OK) product_free(p);
@@ -236,7 +282,7 @@ static sel_status product_get(product **out, onednn *e, const shape *s, const la
         if (p->used < oldest->used) oldest = p;
     }
     product made;
-    SEL_TRY(product_make(&made, e, s, packing));
+    SEL_TRY(s->kind == INNER_WEIGHT ? inner_make(&made, e, s) : product_make(&made, e, s, packing));
     product *place = oldest;
     if (e->n_products < MOST_PRODUCTS) place = &e->products[e->n_products++];
     else product_free(oldest);
@@ -262,8 +308,11 @@ static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memor
 {
     SEL_TRY(point(p->src, src, &p->shape));
     SEL_TRY(point(p->dst, dst, &p->shape));
+    const bool inner = p->shape.kind == INNER_WEIGHT;
     const dnnl_exec_arg_t args[] = {
-        { DNNL_ARG_SRC, p->src }, { DNNL_ARG_WEIGHTS, weights_memory }, { DNNL_ARG_DST, p->dst },
+        { inner ? DNNL_ARG_DIFF_DST : DNNL_ARG_SRC, p->src },
+        { inner ? DNNL_ARG_SRC : DNNL_ARG_WEIGHTS, weights_memory },
+        { inner ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_DST, p->dst },
     };
     return execute(e, p->primitive, 3, args, &p->shape);
 }
@@ -380,6 +429,7 @@ static void onednn_close(sel_linear_engine *base)
     onednn *e = (onednn *)base;
     for (int i = 0; i < e->n_products; i++) product_free(&e->products[i]);
     free(e->products);
+    sel_free(e->sum);
     while (e->layouts) {
         layout *gone = e->layouts;
         e->layouts = gone->next;
@@ -390,13 +440,33 @@ static void onednn_close(sel_linear_engine *base)
     if (e->engine) dnnl_engine_destroy(e->engine);
 }
 
+static bool packs(const sel_linear *base, kind k)
+{
+    return base->by[k == FORWARD ? SEL_LINEAR_FORWARD : SEL_LINEAR_INPUT] != SEL_BY_BLAS &&
+           (k == FORWARD || base->backward);
+}
+
+/* Room to make a gradient apart before it is added. */
+static sel_status reserve_sum(onednn *e, size_t floats)
+{
+    if (floats <= e->sum_floats) return SEL_OK;
+    sel_free(e->sum);
+    e->sum_floats = 0;
+    e->sum = sel_alloc(floats * sizeof *e->sum, "the gradient of a linear layer");
+    if (!e->sum) return SEL_ENOMEM;
+    e->sum_floats = floats;
+    return SEL_OK;
+}
+
 static sel_status onednn_make(sel_linear *base)
 {
     matrix *m = (matrix *)base;
     onednn *e = (onednn *)base->engine;
-    SEL_TRY(weights_make(&m->weights[FORWARD], e, FORWARD, base->out, base->in, &base->bytes));
-    if (!base->backward) return SEL_OK;
-    return weights_make(&m->weights[BACKWARD_INPUT], e, BACKWARD_INPUT, base->out, base->in, &base->bytes);
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k))
+            SEL_TRY(weights_make(&m->weights[k], e, (kind)k, base->out, base->in, &base->bytes));
+    if (!base->backward || base->by[SEL_LINEAR_WEIGHT] != SEL_BY_INNER) return SEL_OK;
+    return reserve_sum(e, (size_t)(base->out * base->in));
 }
 
 static void onednn_drop(sel_linear *base)
@@ -409,9 +479,9 @@ static void onednn_drop(sel_linear *base)
 static sel_status onednn_pack(sel_linear *base, const float *w)
 {
     matrix *m = (matrix *)base;
-    onednn *e = (onednn *)base->engine;
-    SEL_TRY(weights_pack(&m->weights[FORWARD], e, w));
-    return base->backward ? weights_pack(&m->weights[BACKWARD_INPUT], e, w) : SEL_OK;
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k)) SEL_TRY(weights_pack(&m->weights[k], (onednn *)base->engine, w));
+    return SEL_OK;
 }
 
 /* The matrix's product of that kind and shape. */
@@ -424,10 +494,14 @@ static sel_status product_of(product **p, const sel_linear *base, kind k, int64_
 
 static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row)
 {
+    const char by = base->by[SEL_LINEAR_WEIGHT];
     product *p;
-    const int kinds = base->backward ? KINDS : BACKWARD_INPUT;
-    for (int k = FORWARD; k < kinds; k++) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
-    return SEL_OK;
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k)) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
+    if (!base->backward || by == SEL_BY_BLAS) return SEL_OK;
+    if (by == SEL_BY_INNER) return product_of(&p, base, INNER_WEIGHT, rows, x_row, y_row);
+    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, y_row));
+    return product_of(&p, base, BACKWARD_WEIGHT_ADD, rows, x_row, y_row);
 }
 
 /* dst = src times the matrix in the direction of the kind */
@@ -455,10 +529,19 @@ static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const vo
 static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row,
                                          const void *x, int64_t x_row, float *dw, bool add)
 {
+    onednn *e = (onednn *)base->engine;
+    const bool inner = base->by[SEL_LINEAR_WEIGHT] == SEL_BY_INNER;
+    const int64_t n = base->out * base->in;
     product *p;
-    SEL_TRY(product_of(&p, base, add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, rows, x_row, dy_row));
+    SEL_TRY(product_of(&p, base, inner ? INNER_WEIGHT : add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, rows, x_row,
+                       dy_row));
     SEL_TRY(point(p->weights, x, &p->shape));
-    return product_run((onednn *)base->engine, p, dy, p->weights, dw);
+    if (!inner || !add) return product_run(e, p, dy, p->weights, dw);
+    SEL_TRY(product_run(e, p, dy, p->weights, e->sum));
+    const float *const sum = e->sum;
+    #pragma omp parallel for simd num_threads(base->engine->threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) dw[i] += sum[i];
+    return SEL_OK;
 }
 
 const sel_linear_library_calls sel_linear_onednn_calls = {

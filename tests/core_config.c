@@ -277,7 +277,6 @@ static void test_values(void)
         {"dist.virtual_ranks=8", "the integer 0"},
         {"dist.mesh.sequence=2", "the integer 1"},
         {"dist.watchdog_seconds=60", "the integer 0"},
-        {"compute.linear_backend=auto", "one of onednn, openblas"},
     };
     for (size_t i = 0; i < sizeof later / sizeof *later; i++) {
         char line[256];

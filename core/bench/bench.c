@@ -245,11 +245,14 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
         { "lm_head", 8192, 768 },
     };
     enum { SHAPES = sizeof shapes / sizeof shapes[0] };
+    const sel_dims d12 = { .V = 8192, .N = 512, .D = 768, .L = 12, .H = 12, .Hkv = 12, .dh = 64, .F = 2048 };
     gemm g[SHAPES];
     sel_bench_case cases[3 * SHAPES];
     sel_status rc = SEL_OK;
 
     memset(g, 0, sizeof g);
+    if (b->probe) rc = sel_choice_probe(b->engine, &d12, PEAK_ROWS, out->choice);
+    if (rc == SEL_OK && b->probe) rc = sel_choice_apply(b->engine, &d12, out->choice);
     for (int i = 0; rc == SEL_OK && i < SHAPES; i++) {
         g[i] = (gemm){ .out = shapes[i].out, .in = shapes[i].in };
         g[i].x = sel_bench_operand(b, PEAK_ROWS * g[i].in, 11);

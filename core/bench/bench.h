@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include "core/base/error.h"
 #include "core/config/config.h"
+#include "core/model/choice.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
 
@@ -52,6 +53,7 @@ typedef struct {
     sel_bench_rows parts;     /* of the steps among the results, in their order */
     sel_bench_memory memory[SEL_BENCH_BUDGETS];   /* of the first steps; a later one's peak hides under an earlier's */
     int n_memory;
+    char choice[SEL_CHOICE_MAX];   /* what the latest probe found; "": none */
     double peak_gflops[2];    /* medians by sel_dtype, on the latest call's threads */
     double copy_gbytes;       /* GB/s of a copy of memory, the same; 0: not measured */
 } sel_bench_results;
@@ -61,6 +63,7 @@ typedef struct {
     sel_linear_engine *engine;   /* on `threads` threads, of type `dtype`: the peak is of it too */
     sel_dtype dtype;
     int threads, runs;           /* rounds */
+    bool probe;                  /* gemm, step: first find the fastest maker of each product */
 } sel_bench;
 
 void sel_bench_free(sel_bench_results *r);

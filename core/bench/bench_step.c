@@ -74,7 +74,9 @@ sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab
         sel_layout_init_params(s->layout, 1, s->params, b->threads);
         for (int64_t i = 0; i < batch * (dims.N + 1); i++)
             s->tokens[i] = (int32_t)(sel_rng_uniform(1, 0, (uint64_t)i) * (double)dims.V);
-        rc = sel_model_new(&s->model, s->layout, &o);
+        if (b->probe) rc = sel_choice_probe(b->engine, &dims, batch * dims.N, out->choice);
+        if (rc == SEL_OK && b->probe) rc = sel_choice_apply(b->engine, &dims, out->choice);
+        if (rc == SEL_OK) rc = sel_model_new(&s->model, s->layout, &o);
     }
     if (rc == SEL_OK) rc = sel_model_pack(s->model, s->params);
     both[1] = both[0];

@@ -10,7 +10,7 @@
 #include "core/base/file.h"
 
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
-typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
+typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS, SEL_BACKEND_AUTO } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_ON_NAN_STOP } sel_on_nan;
 
@@ -51,6 +51,7 @@ typedef struct sel_config {
     struct {
         int64_t threads;                      /* 0: what the binding allows */
         sel_backend_name linear_backend;
+        char linear_choice[128];              /* auto: what was measured (core/model/choice.h); empty: not yet */
         char cpu[16];
     } compute;
 } sel_config;

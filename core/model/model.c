@@ -12,6 +12,8 @@ enum { LOGIT_FLOATS = 1 << 22 };
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows) { return least(rows, most(64, LOGIT_FLOATS / d->V)); }
+
 sel_attention_options sel_attention_options_of(const sel_config *c)
 {
     return (sel_attention_options){ .selective = c->attention.kind == SEL_KIND_SELECTIVE,
@@ -123,7 +125,7 @@ static void plan_memory(sel_model *m, arena *a)
     }
     m->kept_bytes = train ? a->used - kept_begin : 0;
     m->h = floats(a, T * d->D);
-    m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
+    m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : sel_model_logit_rows(d, T);
     m->logp = take(a, m->logit_rows, sizeof *m->logp);
     m->best = take(a, m->logit_rows, sizeof *m->best);
     m->inputs = take(a, T, sizeof *m->inputs);

@@ -76,6 +76,9 @@ static inline int64_t q_width(const sel_dims *d) { return d->H * d->dh; }
 static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
 static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }
 
+/* Rows of logits that exist at once in a call over `rows` rows.  (model.c) */
+int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows);
+
 /* FLOPs of attention forward: causal products (spec, section 16); kernels' backward does 2.5 times that. */
 static inline double attention_flops(const sel_dims *d, int64_t batch, int64_t n)
 {
