@@ -40,8 +40,8 @@ typedef struct {
     char by[SEL_LINEAR_PASSES];
 } sel_linear_choice;
 
-/* For a oneDNN engine, before any matrix of that shape is made: who makes its products from now on; oneDNN's matmul
-   where nothing was chosen.  SEL_EUSER for a letter that does not fit the pass or the type. */
+/* For a oneDNN engine, before any matrix of that shape is made: who makes its products from now on.  Where nothing
+   was chosen: oneDNN's matmul, or, for the weight gradient of a matrix with more columns than rows, its inner product.  SEL_EUSER for a letter that does not fit the pass or the type. */
 sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c);
 
 /* Measures all that may make the products of a matrix [c->out][c->in] with `rows` rows and writes the fastest into c->by:

@@ -9,17 +9,12 @@
  */
 #include "ops/linear_library.h"
 
-#include <dnnl.h>
-#include <dnnl_debug.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "core/base/mem.h"
-
-#if DNNL_VERSION_MAJOR != 2
-#error "this file is written for oneDNN 2.x: its memory descriptors and operation descriptors are another API in 3.x"
-#endif
+#include "ops/onednn_api.h"
 
 typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, INNER_WEIGHT, KINDS } kind;
 
@@ -34,6 +29,7 @@ typedef struct {
 typedef struct {
     shape shape;
     bool packed;                    /* reads the layout's packed weights, not w in place */
+    bool inner;                     /* the primitive is an inner product: its arguments have other names */
     uint64_t used;                  /* the engine's clock at its latest use */
     dnnl_primitive_t primitive;
     dnnl_memory_t src, dst;
@@ -45,7 +41,8 @@ typedef struct layout {
     struct layout *next;
     shape shape;                    /* its kind, out and in */
     bool packed;                    /* false: oneDNN would rather read w in place */
-    dnnl_memory_desc_t md;
+    descs own;
+    desc md;                        /* one of them */
     dnnl_primitive_t reorder;
 } layout;
 
@@ -93,90 +90,64 @@ static sel_status checked(dnnl_status_t status, const char *call, const shape *s
                     call, dnnl_status2str(status), kind_name(s->kind), s->rows, s->out, s->in, s->x_row, s->y_row);
 }
 
-/* ---- what differs between oneDNN 2 and 3: descriptors ---- */
-
 static dnnl_data_type_t operand_type(sel_dtype dtype) { return dtype == SEL_BFLOAT16 ? dnnl_bf16 : dnnl_f32; }
 
-static dnnl_status_t describe(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns, int64_t row,
-                              int64_t column)
-{
-    const dnnl_dims_t dims = { rows, columns }, strides = { row, column };
-    return dnnl_memory_desc_init_by_strides(md, 2, dims, type, strides);
-}
-
-static dnnl_status_t describe_any(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns)
-{
-    const dnnl_dims_t dims = { rows, columns };
-    return dnnl_memory_desc_init_by_tag(md, 2, dims, type, dnnl_format_tag_any);
-}
-
-static bool is_plain(const dnnl_memory_desc_t *md)
-{
-    return md->format_kind == dnnl_blocked && md->format_desc.blocking.inner_nblks == 0;
-}
+/* ---- descriptors ---- */
 
 /* dst = src weights, or dst += src weights. */
-static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, const dnnl_memory_desc_t *src,
-                                     const dnnl_memory_desc_t *weights_md, const dnnl_memory_desc_t *dst,
-                                     bool accumulate)
+static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, desc src, desc weights_md,
+                                     desc dst, bool accumulate)
 {
-    dnnl_matmul_desc_t desc;
     dnnl_primitive_attr_t attr = NULL;
     dnnl_post_ops_t post_ops = NULL;
-    dnnl_status_t rc = dnnl_matmul_desc_init(&desc, src, weights_md, NULL, dst);
-    if (rc == dnnl_success) rc = dnnl_primitive_attr_create(&attr);
+    dnnl_status_t rc = dnnl_primitive_attr_create(&attr);
     if (rc == dnnl_success && accumulate) {
         rc = dnnl_post_ops_create(&post_ops);
-        if (rc == dnnl_success) rc = dnnl_post_ops_append_sum(post_ops, 1.0f);
+        if (rc == dnnl_success) rc = append_sum(post_ops);
         if (rc == dnnl_success) rc = dnnl_primitive_attr_set_post_ops(attr, post_ops);
         if (post_ops) dnnl_post_ops_destroy(post_ops);
     }
-    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(pd, &desc, attr, engine, NULL);
+    if (rc == dnnl_success) rc = matmul_desc(pd, engine, src, weights_md, dst, attr);
     if (attr) dnnl_primitive_attr_destroy(attr);
     return rc;
 }
 
-/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add. */
-static dnnl_status_t describe_inner_weight(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, const dnnl_memory_desc_t *x,
-                                           const dnnl_memory_desc_t *dy, const dnnl_memory_desc_t *dw,
-                                           const dnnl_memory_desc_t *w)
+/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add; w: any descriptor of the weights. */
+static dnnl_status_t describe_inner_weight(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, desc x, desc dy, desc dw,
+                                           desc w)
 {
-    dnnl_inner_product_desc_t forward, desc;
     dnnl_primitive_desc_t hint = NULL;
-    dnnl_status_t rc = dnnl_inner_product_forward_desc_init(&forward, dnnl_forward_training, x, w, NULL, dy);
-    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(&hint, &forward, NULL, engine, NULL);
-    if (rc == dnnl_success) rc = dnnl_inner_product_backward_weights_desc_init(&desc, x, dw, NULL, dy);
-    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(pd, &desc, NULL, engine, hint);
+    dnnl_status_t rc = inner_forward_desc(&hint, engine, x, w, dy);
+    if (rc == dnnl_success) rc = inner_weight_desc(pd, engine, x, dw, dy, hint);
     if (hint) dnnl_primitive_desc_destroy(hint);
     return rc;
 }
 
-/* ---- products ---- */
-
 /* The weights as the caller stores them, [out][in] of `type`: columns of W^T for FORWARD, W itself for
    BACKWARD_INPUT. */
-static dnnl_status_t describe_plain_weights(dnnl_memory_desc_t *md, dnnl_data_type_t type, const shape *s)
+static desc describe_plain_weights(descs *d, dnnl_data_type_t type, const shape *s)
 {
-    return s->kind == FORWARD ? describe(md, type, s->in, s->out, 1, s->in)
-                              : describe(md, type, s->out, s->in, s->in, 1);
+    return s->kind == FORWARD ? describe(d, type, s->in, s->out, 1, s->in) : describe(d, type, s->out, s->in, s->in, 1);
 }
 
 /* The operand of `type` and the float32 result. */
-static sel_status describe_ends(const shape *s, dnnl_data_type_t type, dnnl_memory_desc_t *src, dnnl_memory_desc_t *dst)
+static void describe_ends(descs *d, const shape *s, dnnl_data_type_t type, desc *src, desc *dst)
 {
-    dnnl_status_t a, b;
     if (s->kind == FORWARD) {
-        a = describe(src, type, s->rows, s->in, s->x_row, 1);
-        b = describe(dst, dnnl_f32, s->rows, s->out, s->y_row, 1);
+        *src = describe(d, type, s->rows, s->in, s->x_row, 1);
+        *dst = describe(d, dnnl_f32, s->rows, s->out, s->y_row, 1);
     } else if (s->kind == BACKWARD_INPUT) {
-        a = describe(src, type, s->rows, s->out, s->y_row, 1);
-        b = describe(dst, dnnl_f32, s->rows, s->in, s->x_row, 1);
+        *src = describe(d, type, s->rows, s->out, s->y_row, 1);
+        *dst = describe(d, dnnl_f32, s->rows, s->in, s->x_row, 1);
     } else {
-        a = describe(src, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
-        b = describe(dst, dnnl_f32, s->out, s->in, s->in, 1);
+        *src = describe(d, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
+        *dst = describe(d, dnnl_f32, s->out, s->in, s->in, 1);
     }
-    return checked(a != dnnl_success ? a : b, "dnnl_memory_desc_init_by_strides", s);
 }
+
+static sel_status described(const descs *d, const shape *s) { return checked(d->status, "a memory descriptor", s); }
+
+/* ---- products ---- */
 
 /* oneDNN's last resort, a plain loop nest, calls itself "ref". */
 static bool is_slow(const_dnnl_primitive_desc_t pd)
@@ -195,69 +166,78 @@ static void product_free(product *p)
     *p = (product){ 0 };
 }
 
-/* The memory objects of *p, without their pointers yet; weights may be NULL. */
-static sel_status product_memory(product *p, onednn *e, const dnnl_memory_desc_t *src,
-                                 const dnnl_memory_desc_t *weights_md, const dnnl_memory_desc_t *dst)
+/* The primitive and the memory objects of *p, the latter without their pointers yet; weights_md may be NULL. */
+static sel_status product_finish(product *p, onednn *e, const_dnnl_primitive_desc_t pd, desc src, desc weights_md,
+                                 desc dst)
 {
     const shape *s = &p->shape;
+    SEL_TRY(checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s));
     SEL_TRY(checked(dnnl_memory_create(&p->src, src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
     SEL_TRY(checked(dnnl_memory_create(&p->dst, dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
     if (!weights_md) return SEL_OK;
     return checked(dnnl_memory_create(&p->weights, weights_md, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
 }
 
-/* Fills *p for an INNER_WEIGHT; its src is dy, its weights are x. */
-static sel_status inner_make(product *p, onednn *e, const shape *s)
+/* An INNER_WEIGHT where oneDNN has a fast one: its src is dy, its weights are x.  *pd stays NULL where it has not. */
+static sel_status describe_inner(descs *d, dnnl_primitive_desc_t *pd, onednn *e, const shape *s, desc *dy, desc *x,
+                                 desc *dw)
 {
     const dnnl_data_type_t type = operand_type(e->base.dtype);
-    dnnl_memory_desc_t x, dy, dw, w;
-    dnnl_primitive_desc_t pd = NULL;
-
-    *p = (product){ .shape = *s };
-    dnnl_status_t rc = describe(&x, type, s->rows, s->in, s->x_row, 1);
-    if (rc == dnnl_success) rc = describe(&dy, type, s->rows, s->out, s->y_row, 1);
-    if (rc == dnnl_success) rc = describe(&dw, dnnl_f32, s->out, s->in, s->in, 1);
-    if (rc == dnnl_success) rc = describe_any(&w, type, s->out, s->in);
-    SEL_TRY(checked(rc, "dnnl_memory_desc_init_by_strides", s));
-    SEL_TRY(checked(describe_inner_weight(&pd, e->engine, &x, &dy, &dw, &w), "dnnl_primitive_desc_create", s));
-    sel_status made = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s);
-    dnnl_primitive_desc_destroy(pd);
-    if (made == SEL_OK) made = product_memory(p, e, &dy, &x, &dw);
-    if (made != SEL_OK) product_free(p);
-    return made;
+    *x = describe(d, type, s->rows, s->in, s->x_row, 1);
+    *dy = describe(d, type, s->rows, s->out, s->y_row, 1);
+    *dw = describe(d, dnnl_f32, s->out, s->in, s->in, 1);
+    const desc w = describe_any(d, type, s->out, s->in);
+    SEL_TRY(described(d, s));
+    if (describe_inner_weight(pd, e->engine, *x, *dy, *dw, w) == dnnl_success && is_slow(*pd)) {
+        dnnl_primitive_desc_destroy(*pd);
+        *pd = NULL;
+    }
+    return SEL_OK;
 }
 
-/* Fills *p for s; packing says how the weights may be packed (NULL for the weights' gradients). */
+/* A matmul; packing says how the weights may be packed (NULL for the weights' gradients), p->packed whether they are.
+   *w is NULL where the matrix has the weights' memory. */
+static sel_status describe_product(descs *d, product *p, dnnl_primitive_desc_t *pd, onednn *e, const layout *packing,
+                                   desc *src, desc *w, desc *dst)
+{
+    const shape *s = &p->shape;
+    const bool gradient = s->kind >= BACKWARD_WEIGHT;
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
+
+    describe_ends(d, s, type, src, dst);
+    SEL_TRY(described(d, s));
+    if (packing && packing->packed) {
+        const dnnl_status_t got = describe_matmul(pd, e->engine, *src, packing->md, *dst, false);
+        p->packed = got == dnnl_success && (!is_slow(*pd) || type != dnnl_f32);
+        if (p->packed) return SEL_OK;
+        if (got == dnnl_success) dnnl_primitive_desc_destroy(*pd);
+        *pd = NULL;
+    }
+    if (!gradient && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
+        return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
+    const desc plain = gradient ? describe(d, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(d, type, s);
+    SEL_TRY(described(d, s));
+    if (gradient) *w = plain;
+    return checked(describe_matmul(pd, e->engine, *src, plain, *dst, s->kind == BACKWARD_WEIGHT_ADD),
+                   "dnnl_primitive_desc_create", s);
+}
+
+/* Fills *p for s. */
 static sel_status product_make(product *p, onednn *e, const shape *s, const layout *packing)
 {
-    dnnl_memory_desc_t src, dst, w;
+    descs d = { .n = 0 }, other = { .n = 0 };
+    desc src = NULL, w = NULL, dst = NULL;
     dnnl_primitive_desc_t pd = NULL;
-    const bool gradient = s->kind >= BACKWARD_WEIGHT, accumulate = s->kind == BACKWARD_WEIGHT_ADD;
-    const dnnl_data_type_t type = operand_type(e->base.dtype);
-    sel_status rc;
+    sel_status rc = SEL_OK;
 
     *p = (product){ .shape = *s };
-    SEL_TRY(describe_ends(s, type, &src, &dst));
-    if (packing && packing->packed) {
-        const dnnl_status_t got = describe_matmul(&pd, e->engine, &src, &packing->md, &dst, false);
-        p->packed = got == dnnl_success && (!is_slow(pd) || type != dnnl_f32);
-        if (!p->packed && got == dnnl_success) {
-            dnnl_primitive_desc_destroy(pd);
-            pd = NULL;
-        }
-    }
-    if (!p->packed && !gradient && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
-        return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
-    if (!p->packed) {
-        const dnnl_status_t got =
-            gradient ? describe(&w, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, type, s);
-        SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
-        SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
-    }
-    if ((rc = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s)) != SEL_OK) goto out;
-    rc = product_memory(p, e, &src, gradient ? &w : NULL, &dst);
-out:
-    dnnl_primitive_desc_destroy(pd);
+    if (s->kind == INNER_WEIGHT) rc = describe_inner(&d, &pd, e, s, &src, &w, &dst);
+    p->inner = pd != NULL;
+    if (rc == SEL_OK && !pd) rc = describe_product(&other, p, &pd, e, packing, &src, &w, &dst);
+    if (rc == SEL_OK) rc = product_finish(p, e, pd, src, w, dst);
+    if (pd) dnnl_primitive_desc_destroy(pd);
+    descs_free(&d);
+    descs_free(&other);
     if (rc != SEL_OK) product_free(p);
     return rc;
 }
@@ -282,7 +262,7 @@ static sel_status product_get(product **out, onednn *e, const shape *s, const la
         if (p->used < oldest->used) oldest = p;
     }
     product made;
-    SEL_TRY(s->kind == INNER_WEIGHT ? inner_make(&made, e, s) : product_make(&made, e, s, packing));
+    SEL_TRY(product_make(&made, e, s, packing));
     product *place = oldest;
     if (e->n_products < MOST_PRODUCTS) place = &e->products[e->n_products++];
     else product_free(oldest);
@@ -308,7 +288,7 @@ static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memor
 {
     SEL_TRY(point(p->src, src, &p->shape));
     SEL_TRY(point(p->dst, dst, &p->shape));
-    const bool inner = p->shape.kind == INNER_WEIGHT;
+    const bool inner = p->inner;
     const dnnl_exec_arg_t args[] = {
         { inner ? DNNL_ARG_DIFF_DST : DNNL_ARG_SRC, p->src },
         { inner ? DNNL_ARG_SRC : DNNL_ARG_WEIGHTS, weights_memory },
@@ -319,34 +299,56 @@ static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memor
 
 /* ---- layouts ---- */
 
-/* What oneDNN wants for many rows without gaps.  Rows play no part in its choice of blocks, so any count serves. */
-static sel_status layout_make(layout *made, onednn *e)
+/* The layout that oneDNN wants for many rows without gaps, into made->md; NULL: w as it is.  Rows play no part in its
+   choice of blocks, so any count serves. */
+static sel_status layout_describe(layout *made, onednn *e, descs *d)
 {
     const shape *s = &made->shape;
     const dnnl_data_type_t type = operand_type(e->base.dtype);
-    dnnl_memory_desc_t src, dst, any, plain;
     dnnl_primitive_desc_t pd = NULL;
+    desc src, dst;
 
-    SEL_TRY(describe_ends(s, type, &src, &dst));
-    SEL_TRY(checked(s->kind == FORWARD ? describe_any(&any, type, s->in, s->out)
-                                       : describe_any(&any, type, s->out, s->in), "dnnl_memory_desc_init_by_tag", s));
-    SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &any, &dst, false), "dnnl_primitive_desc_create", s));
-    const dnnl_memory_desc_t *wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
-    made->packed = wanted && !is_plain(wanted) && !is_slow(pd);
-    if (made->packed) made->md = *wanted;
+    describe_ends(d, s, type, &src, &dst);
+    const desc any =
+        s->kind == FORWARD ? describe_any(d, type, s->in, s->out) : describe_any(d, type, s->out, s->in);
+    SEL_TRY(described(d, s));
+    SEL_TRY(checked(describe_matmul(&pd, e->engine, src, any, dst, false), "dnnl_primitive_desc_create", s));
+    const desc wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
+    if (wanted && !is_plain(wanted) && !is_slow(pd)) made->md = describe_again(&made->own, wanted);
     dnnl_primitive_desc_destroy(pd);
-    if (!made->packed && type != dnnl_f32) {   /* float32 weights cannot be read in place: a plain copy of the type */
-        SEL_TRY(checked(describe_plain_weights(&made->md, type, s), "dnnl_memory_desc_init_by_strides", s));
-        made->packed = true;
-    }
-    if (!made->packed) return SEL_OK;
+    /* float32 weights cannot be read in place where operands are bfloat16: a plain copy of the type */
+    if (!made->md && type != dnnl_f32) made->md = describe_plain_weights(&made->own, type, s);
+    return described(&made->own, s);
+}
 
-    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
-    SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, &plain, e->engine, &made->md, e->engine, NULL),
+static sel_status layout_reorder(layout *made, onednn *e, descs *d)
+{
+    const shape *s = &made->shape;
+    dnnl_primitive_desc_t pd = NULL;
+    const desc plain = describe_plain_weights(d, dnnl_f32, s);
+    SEL_TRY(described(d, s));
+    SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, plain, e->engine, made->md, e->engine, NULL),
                     "dnnl_reorder_primitive_desc_create", s));
     const sel_status rc = checked(dnnl_primitive_create(&made->reorder, pd), "dnnl_primitive_create", s);
     dnnl_primitive_desc_destroy(pd);
     return rc;
+}
+
+static sel_status layout_make(layout *made, onednn *e)
+{
+    descs d = { .n = 0 };
+    sel_status rc = layout_describe(made, e, &d);
+    made->packed = made->md != NULL;
+    if (rc == SEL_OK && made->packed) rc = layout_reorder(made, e, &d);
+    descs_free(&d);
+    return rc;
+}
+
+static void layout_free(layout *gone)
+{
+    if (gone->reorder) dnnl_primitive_destroy(gone->reorder);
+    descs_free(&gone->own);
+    free(gone);
 }
 
 static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_out, int64_t n_in)
@@ -362,7 +364,7 @@ static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_ou
     made->shape = s;
     const sel_status rc = layout_make(made, e);
     if (rc != SEL_OK) {
-        free(made);
+        layout_free(made);
         return rc;
     }
     made->next = e->layouts;
@@ -373,17 +375,20 @@ static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_ou
 
 static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in, size_t *counted)
 {
-    dnnl_memory_desc_t plain;
     SEL_TRY(layout_get(&w->layout, e, k, n_out, n_in));
     const shape *s = &w->layout->shape;
-    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
-    SEL_TRY(checked(dnnl_memory_create(&w->plain, &plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
-    if (!w->layout->packed) return SEL_OK;
-    const size_t bytes = dnnl_memory_desc_get_size(&w->layout->md);
+    descs d = { .n = 0 };
+    const desc plain = describe_plain_weights(&d, dnnl_f32, s);
+    sel_status rc = described(&d, s);
+    if (rc == SEL_OK)
+        rc = checked(dnnl_memory_create(&w->plain, plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+    descs_free(&d);
+    if (rc != SEL_OK || !w->layout->packed) return rc;
+    const size_t bytes = dnnl_memory_desc_get_size(w->layout->md);
     w->block = sel_alloc(bytes, "the packed weights of a linear layer");
     if (!w->block) return SEL_ENOMEM;
     *counted += bytes;
-    return checked(dnnl_memory_create(&w->packed, &w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
+    return checked(dnnl_memory_create(&w->packed, w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
 }
 
 static void weights_free(weights *w)
@@ -433,8 +438,7 @@ static void onednn_close(sel_linear_engine *base)
     while (e->layouts) {
         layout *gone = e->layouts;
         e->layouts = gone->next;
-        if (gone->reorder) dnnl_primitive_destroy(gone->reorder);
-        free(gone);
+        layout_free(gone);
     }
     if (e->stream) dnnl_stream_destroy(e->stream);
     if (e->engine) dnnl_engine_destroy(e->engine);
