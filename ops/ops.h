@@ -75,9 +75,6 @@ typedef struct sel_ops {
     void (*swiglu_backward_bf16)(uint16_t *dgu, uint16_t *a, const float *da, const float *gu, int64_t rows, int64_t Fw,
                                  int threads);
 
-    /* y += x, n values */
-    void (*add)(float *y, const float *x, int64_t n, int threads);
-
     /* Per row of logits [rows][V] (in place): logp[r] = log softmax at target[r] in double;
        best[r] = 1 where target is the largest logit (first among equals), else 0; where
        grad_scale is not 0 the logits become grad_scale * (softmax - onehot), or, grad16 [rows][V] not NULL, that

@@ -362,6 +362,11 @@ static void test_emit(void)
     CHECK(config.train.lr == 3e-3 && config.train.clip == 0 && config.checkpoint.every_minutes == 7.5, "numbers");
     CHECK(config.compute.linear_backend == SEL_BACKEND_OPENBLAS && strcmp(config.compute.cpu, "avx2") == 0, "choices");
     same_again("full file");
+    CHECK_OK(parse("model.d: 4\ncompute: {linear_backend: auto, linear_choice: 'qkv=mmi,o_proj=mbm'}\n", NULL));
+    CHECK(config.compute.linear_backend == SEL_BACKEND_AUTO &&
+              strcmp(config.compute.linear_choice, "qkv=mmi,o_proj=mbm") == 0, "auto and its choice");
+    same_again("auto");
+    CHECK_OK(parse(full_file, NULL));
     char *text = NULL;
     CHECK_OK(sel_config_emit(&config, &text));
     CHECK(text &&

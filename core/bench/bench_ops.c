@@ -40,10 +40,10 @@ static sel_status swiglu_forward(void *ctx)
     d->ops->swiglu_forward(d->y, d->gu, d->rows, d->F, d->threads);
     return SEL_OK;
 }
-static sel_status add(void *ctx)
+static sel_status residual_norm(void *ctx)
 {
     data *d = ctx;
-    d->ops->add(d->y, d->x, d->rows * d->D, d->threads);
+    d->ops->residual_norm(d->p, false, d->rstd, d->y, d->y, d->x, d->w, d->rows, d->D, d->threads);
     return SEL_OK;
 }
 static sel_status cross_entropy(void *ctx)
@@ -90,7 +90,7 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
         {"rmsnorm", "backward", rmsnorm_backward, 4.0 * row},
         {"headnorm", "forward", headnorm_forward, 2.0 * row},
         {"swiglu", "forward", swiglu_forward, 3.0 * row},
-        {"add", "forward", add, 3.0 * row},
+        {"residual_norm", "forward", residual_norm, 4.0 * row},
         {"sum_squares", "step", sum_squares, row},
         {"cross_entropy", "step", cross_entropy, 8.0 * SLICE * VOCAB},
         {"adamw", "step", adamw, 7.0 * row},
