@@ -144,6 +144,15 @@ static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict r
         }
 }
 
+static void headnorm_again(float *restrict y, int64_t y_row, const float *restrict rstd, const float *restrict x,
+                           int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t h = 0; h < heads; h++)
+            scale_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, rstd[row * heads + h], dh);
+}
+
 /* dw += the threads' partial sums, in order: the same bits for equal threads. */
 static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int threads)
 {
@@ -215,6 +224,7 @@ void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
     ops->residual_norm = residual_norm;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->headnorm_forward = headnorm_forward;
+    ops->headnorm_again = headnorm_again;
     ops->headnorm_backward = headnorm_backward;
     ops->round_rows = round_rows;
 }

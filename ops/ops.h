@@ -48,6 +48,10 @@ typedef struct sel_ops {
     void (*headnorm_forward)(float *y, int64_t y_row, float *rstd, const float *x, int64_t x_row, const float *w,
                              int64_t rows, int64_t heads, int64_t dh, int threads);
 
+    /* y again as headnorm_forward gave it, from the rstd that it left. */
+    void (*headnorm_again)(float *y, int64_t y_row, const float *rstd, const float *x, int64_t x_row, const float *w,
+                           int64_t rows, int64_t heads, int64_t dh, int threads);
+
     /* dx = gradient, bfloat16 or float32 (then it may be dy); dw [dh] += ; scratch [threads][dh].  dx_row in elements
        of dx. */
     void (*headnorm_backward)(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,

@@ -284,6 +284,9 @@ static void test_norm(int64_t D, int heads, int threads, float size)
         ops.headnorm_forward(y, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
         ops.headnorm_forward(y1, y_row, NULL, x, x_row, w, ROWS, heads, D, 1);
         ops.headnorm_forward(y1, y_row, rstd1, x, x_row, w, ROWS, heads, D, 1);
+        float *y2 = copy(y_before, ROWS * y_row);
+        ops.headnorm_again(y2, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
+        CHECK(same(y2, y, ROWS * y_row), "%s: y rebuilt differs from forward's", place);
     } else {
         ops.rmsnorm_forward(y, rstd, x, w, ROWS, D, threads);
         ops.rmsnorm_forward(y1, NULL, x, w, ROWS, D, 1);

@@ -66,7 +66,7 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     SEL_TRY(sel_model_product_input(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, m->datt, q));
     const void *const att = attention_operand(m, l, T);
     SEL_TRY(sel_model_product_weight(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, att, q, grads + o->o_proj, add));
-    sel_model_norm_qk(m, params, l, T, NULL, NULL, SEL_PART_QK_NORM_BACKWARD);
+    sel_model_norm_qk(m, params, l, T, true);
     const sel_attention a = sel_model_attention(m, l, batch, n);
     const sel_attention_grad g = {
         .dout = m->datt,

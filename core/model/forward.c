@@ -25,20 +25,26 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     };
 }
 
-void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k,
-                       sel_part part)
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again)
 {
     const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
     const sel_layer_offsets *o = &m->layout->layers[l];
-    const float *qkv = m->kept[l].qkv;
-    const int64_t qk_row = q_width(d) + kv_width(d);
+    const sel_kept *k = &m->kept[l];
+    const int64_t qk_row = q_width(d) + kv_width(d), row = qkv_width(d), q = q_width(d);
     const int threads = pass_threads(m, rows);
 
-    m->opt.ops->headnorm_forward(m->qk, qk_row, rstd_q, qkv, qkv_width(d), params + o->q_norm, rows, d->H, d->dh,
-                                 threads);
-    m->opt.ops->headnorm_forward(m->qk + q_width(d), qk_row, rstd_k, qkv + q_width(d), qkv_width(d),
-                                 params + o->k_norm, rows, d->Hkv, d->dh, threads);
-    sel_profile_lap(m->opt.profile, part, 0.0, 8.0 * (double)(rows * qk_row));
+    if (again) {
+        ops->headnorm_again(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
+        ops->headnorm_again(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
+                            threads);
+    } else {
+        ops->headnorm_forward(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
+        ops->headnorm_forward(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
+                              threads);
+    }
+    sel_profile_lap(m->opt.profile, again ? SEL_PART_QK_NORM_BACKWARD : SEL_PART_QK_NORM, 0.0,
+                    8.0 * (double)(rows * qk_row));
 }
 
 /* Attention over the cached tokens and n new ones: their k and v join the cache, F goes on from the carry. */
@@ -88,7 +94,7 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
         sel_profile_lap(m->opt.profile, SEL_PART_NORM, 0.0, (double)(T * D) * (m->opt.bfloat16 ? 6.0 : 8.0));
     }
     SEL_TRY(sel_model_product(m, w->qkv, SEL_PART_QKV, T, h, D, k->qkv, qkv_width(d)));
-    sel_model_norm_qk(m, params, l, T, k->rstd_q, k->rstd_k, SEL_PART_QK_NORM);
+    sel_model_norm_qk(m, params, l, T, false);
     if (m->opt.use == SEL_USE_DECODE) {
         attend_cached(m, l, batch, n);
     } else {

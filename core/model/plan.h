@@ -129,9 +129,8 @@ static inline const void *residual_normed(const sel_model *m, const float *param
     return h;
 }
 
-/* Normed q and k of a layer's qkv into m->qk; rstd arrays may be NULL; a lap of `part`. */
-void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k,
-                       sel_part part);
+/* Normed q and k of a layer's qkv into m->qk, forward, or again for backward. */
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again);
 
 /* Rows of the output matrix in slices: log-probabilities, and, grads not NULL, gradients: of the output matrix (=, or
    += where add) and final norm (+=) into grads, of the residual stream into m->dx.  (head.c) */
