@@ -1,36 +1,27 @@
 /* comm.c: the world of ranks over MPI.
  *
- * MPI counts with int, so everything that can be large goes in chunks.  An MPI call that fails is never recovered
- * from, since other ranks may be inside it: it ends the job.
+ * MPI counts with int, so everything that can be large goes in chunks.
  */
 #include "dist/comm.h"
 
 #include <mpi.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
+#include "dist/comm_mpi.h"
 
 #define CHUNK_BYTES ((size_t)64 << 20)
 #define FOLD_BLOCK 64 /* doubles a rank that are folded at once: the statistics of a step fit in one */
 
-struct sel_comm {
-    MPI_Comm world; /* our duplicate: no message of ours meets a library's */
-    int rank, size;
-    int host_rank, host_size, hosts;
-    double *all; /* [size][FOLD_BLOCK], owned: what the ranks bring to a fold */
-};
-
-#define CK(c, call)                                                                                                    \
-    do {                                                                                                               \
-        const int ck_rc_ = (call);                                                                                     \
-        if (ck_rc_ != MPI_SUCCESS) mpi_die((c), #call, ck_rc_);                                                        \
-    } while (0)
-
-static _Noreturn void mpi_die(const sel_comm *c, const char *call, int code)
+_Noreturn void sel_comm_mpi_die(const sel_comm *c, const char *call, int code)
 {
     char text[MPI_MAX_ERROR_STRING] = "unknown MPI error";
     int length;
@@ -40,12 +31,14 @@ static _Noreturn void mpi_die(const sel_comm *c, const char *call, int code)
     sel_comm_die(c, call);
 }
 
-/* Debug builds: ranks that meet in different collectives, or bring different sizes, would hang or mix up their
-   data.  They compare what they are about to do first, and say where they differ. */
+/* A collective begins; sel_pulse_leave() when it has ended.  Debug builds: ranks that meet in different collectives, or
+   bring different sizes, would hang or mix up their data.  They compare what they are about to do first, and say where
+   they differ. */
 static void meet(const sel_comm *c, const char *call, uint64_t detail)
 {
+    sel_pulse_enter(call + sizeof "sel_comm_" - 1);
 #ifdef NDEBUG
-    (void)c, (void)call, (void)detail;
+    (void)c, (void)detail;
 #else
     enum { WIDTH = FOLD_BLOCK * sizeof(double) };
     char mine[WIDTH] = "";
@@ -60,6 +53,68 @@ static void meet(const sel_comm *c, const char *call, uint64_t detail)
         }
     }
 #endif
+}
+
+/* The ranks, a host's together: hosts by their lowest rank, in a host as MPI has them.  Rank 0 stays rank 0. */
+static void make_world(sel_comm *c)
+{
+    MPI_Comm host;
+    int first;
+
+    CK(NULL, MPI_Comm_rank(MPI_COMM_WORLD, &first));
+    CK(NULL, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, first, MPI_INFO_NULL, &host));
+    CK(NULL, MPI_Bcast(&first, 1, MPI_INT, 0, host));
+    CK(NULL, MPI_Comm_free(&host));
+    CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &c->world));
+    CK(NULL, MPI_Comm_set_errhandler(c->world, MPI_ERRORS_RETURN));
+    CK(NULL, MPI_Comm_rank(c->world, &c->rank));
+    CK(NULL, MPI_Comm_size(c->world, &c->size));
+
+    CK(c, MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &c->host));
+    CK(c, MPI_Comm_set_errhandler(c->host, MPI_ERRORS_RETURN));
+    CK(c, MPI_Comm_rank(c->host, &c->host_rank));
+    CK(c, MPI_Comm_size(c->host, &c->host_size));
+    const int begins = c->host_rank == 0;
+    CK(c, MPI_Allreduce(&begins, &c->hosts, 1, MPI_INT, MPI_SUM, c->world));
+    CK(c, MPI_Scan(&begins, &c->host_index, 1, MPI_INT, MPI_SUM, c->world));
+    c->host_index--;
+    CK(c, MPI_Allreduce(&c->host_size, &c->host_least, 1, MPI_INT, MPI_MIN, c->world));
+}
+
+/* The processes of this host, and whether each may have a core of its own. */
+static void know_neighbours(sel_comm *c)
+{
+    struct neighbour {
+        long pid;
+        unsigned long long pids; /* the name space that the pid is of */
+        cpu_set_t cpus;
+    } mine, *all = calloc((size_t)c->host_size, sizeof *all);
+    struct stat s;
+    bool alike = true;
+    cpu_set_t cpus;
+
+    c->pids = calloc((size_t)c->host_size, sizeof *c->pids);
+    if (!all || !c->pids) {
+        sel_fail(SEL_ENOMEM, "out of memory");
+        sel_comm_die(c, "sel_comm_open");
+    }
+    memset(&mine, 0, sizeof mine);
+    mine.pid = getpid();
+    mine.pids = stat("/proc/self/ns/pid", &s) == 0 ? s.st_ino : (unsigned long long)getpid();
+    if (sched_getaffinity(0, sizeof mine.cpus, &mine.cpus) != 0) CPU_SET(0, &mine.cpus);
+    CK(c, MPI_Allgather(&mine, sizeof mine, MPI_BYTE, all, sizeof mine, MPI_BYTE, c->host));
+    CPU_ZERO(&cpus);
+    for (int r = 0; r < c->host_size; r++) {
+        c->pids[r] = (pid_t)all[r].pid;
+        alike = alike && all[r].pids == mine.pids;
+        CPU_OR(&cpus, &cpus, &all[r].cpus);
+    }
+    c->crowded = CPU_COUNT(&cpus) < c->host_size;
+    if (!alike) { /* containers: these numbers say nothing here */
+        free(c->pids);
+        c->pids = NULL;
+    }
+    free(all);
 }
 
 sel_status sel_comm_open(sel_comm **out, int *argc, char ***argv)
@@ -80,20 +135,10 @@ sel_status sel_comm_open(sel_comm **out, int *argc, char ***argv)
         sel_fail(SEL_ENOMEM, "out of memory");
         sel_comm_die(NULL, "sel_comm_open");
     }
-    CK(NULL, MPI_Comm_dup(MPI_COMM_WORLD, &c->world));
-    CK(NULL, MPI_Comm_set_errhandler(c->world, MPI_ERRORS_RETURN));
-    CK(NULL, MPI_Comm_rank(c->world, &c->rank));
-    CK(NULL, MPI_Comm_size(c->world, &c->size));
+    make_world(c);
     c->all = sel_alloc((size_t)c->size * FOLD_BLOCK * sizeof *c->all, "the communicator");
     if (!c->all) sel_comm_die(c, "sel_comm_open");
-
-    MPI_Comm host;
-    CK(c, MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &host));
-    CK(c, MPI_Comm_rank(host, &c->host_rank));
-    CK(c, MPI_Comm_size(host, &c->host_size));
-    CK(c, MPI_Comm_free(&host));
-    const int first = c->host_rank == 0;
-    CK(c, MPI_Allreduce(&first, &c->hosts, 1, MPI_INT, MPI_SUM, c->world));
+    know_neighbours(c);
 
     *out = c;
     return SEL_OK;
@@ -106,10 +151,12 @@ void sel_comm_close(sel_comm **c)
     if (!*c) return;
     MPI_Finalized(&over);
     if (!over) {
+        CK(*c, MPI_Comm_free(&(*c)->host));
         CK(*c, MPI_Comm_free(&(*c)->world));
         CK(*c, MPI_Finalize());
     }
     sel_free((*c)->all);
+    free((*c)->pids);
     free(*c);
     *c = NULL;
 }
@@ -137,6 +184,11 @@ int sel_comm_host_size(const sel_comm *c)
 int sel_comm_hosts(const sel_comm *c)
 {
     return c->hosts;
+}
+
+int sel_comm_host_index(const sel_comm *c)
+{
+    return c->host_index;
 }
 
 const char *sel_comm_library(void)
@@ -167,10 +219,12 @@ sel_status sel_comm_agree(sel_comm *c, sel_status mine)
     meet(c, __func__, 0);
     /* MINLOC: the lowest code wins, among equals the lowest rank. */
     CK(c, MPI_Allreduce(&in, &worst, 1, MPI_2INT, MPI_MINLOC, c->world));
+    if (worst.code != SEL_OK) {
+        if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
+        CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
+    }
+    sel_pulse_leave();
     if (worst.code == SEL_OK) return SEL_OK;
-
-    if (c->rank == worst.rank) snprintf(line, sizeof line, "%s", sel_error());
-    CK(c, MPI_Bcast(line, sizeof line, MPI_CHAR, worst.rank, c->world));
     if (c->size == 1 || names_rank(line)) return sel_fail((sel_status)worst.code, "%s", line);
     return sel_fail((sel_status)worst.code, "rank %d: %s", worst.rank, line);
 }
@@ -187,14 +241,37 @@ _Noreturn void sel_comm_die(const sel_comm *c, const char *where)
         MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     fprintf(stderr, "[rank %d] fatal in %s: %s\n", rank, where, sel_error());
     fflush(stderr);
-    if (up && !over) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
-    _exit(EXIT_FAILURE);
+    sel_comm_abort(EXIT_FAILURE);
+}
+
+static int abort_status;
+
+static void abort_alone(int number)
+{
+    (void)number;
+    _exit(abort_status);
+}
+
+_Noreturn void sel_comm_abort(int status)
+{
+    int up, over;
+
+    MPI_Initialized(&up);
+    MPI_Finalized(&over);
+    if (up && !over) {
+        abort_status = status;
+        signal(SIGALRM, abort_alone);
+        alarm(3); /* MPI_Abort asks the launcher to end the others, and may wait for an answer that never comes */
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    _exit(status);
 }
 
 void sel_comm_barrier(sel_comm *c)
 {
     meet(c, __func__, 0);
     CK(c, MPI_Barrier(c->world));
+    sel_pulse_leave();
 }
 
 static size_t smaller(size_t a, size_t b)
@@ -208,6 +285,7 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
     meet(c, __func__, bytes);
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES)
         CK(c, MPI_Bcast((char *)data + at, (int)smaller(CHUNK_BYTES, bytes - at), MPI_BYTE, root, c->world));
+    sel_pulse_leave();
 }
 
 static double add(double a, double b)
@@ -240,12 +318,14 @@ void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, add);
+    sel_pulse_leave();
 }
 
 void sel_comm_max_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
     fold(c, x, n, larger);
+    sel_pulse_leave();
 }
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
@@ -253,13 +333,14 @@ void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
     const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(float));
 
     meet(c, __func__, (uint64_t)n);
-    if (c->size == 1) return;
+    if (c->size == 1) n = 0;
     /* Which algorithm MPI takes, and thus the order of additions, follows from the count and the ranks alone;
        chunks are cut at fixed places.  So the same ranks give the same bits, run after run. */
     for (int64_t at = 0; at < n; at += chunk) {
         const int64_t m = n - at < chunk ? n - at : chunk;
         CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));
     }
+    sel_pulse_leave();
 }
 
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root)
@@ -277,6 +358,7 @@ void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int
         CK(c, MPI_Type_free(&slot));
         CK(c, MPI_Type_free(&piece));
     }
+    sel_pulse_leave();
 }
 
 int sel_comm_same(sel_comm *c, uint64_t value)
@@ -285,5 +367,6 @@ int sel_comm_same(sel_comm *c, uint64_t value)
 
     meet(c, __func__, 0);
     CK(c, MPI_Allreduce(MPI_IN_PLACE, low, 2, MPI_UINT64_T, MPI_MIN, c->world));
+    sel_pulse_leave();
     return low[0] == ~low[1];
 }

@@ -3,7 +3,8 @@
  * [collective] after a prototype: every rank of the job must call it, in the
  * same order.  Functions without the mark may be called by one rank alone.
  * The sources in dist/ include mpi.h; nothing else knows that MPI exists.
- * Only the main thread communicates.
+ * Only the main thread communicates.  The ranks of a host are neighbours in it,
+ * whatever order MPI gave them; without mpirun's mapping by node nothing changes.
  */
 #ifndef SEL_DIST_COMM_H
 #define SEL_DIST_COMM_H
@@ -26,6 +27,7 @@ int sel_comm_size(const sel_comm *c);
 int sel_comm_host_rank(const sel_comm *c);   /* among the ranks of this host */
 int sel_comm_host_size(const sel_comm *c);
 int sel_comm_hosts(const sel_comm *c);       /* hosts in the job */
+int sel_comm_host_index(const sel_comm *c);  /* of this rank's host, 0 .. hosts - 1 */
 
 /* Name and version of the MPI library, one line. */
 const char *sel_comm_library(void);
@@ -39,6 +41,10 @@ sel_status sel_comm_agree(sel_comm *c, sel_status mine);
 /* Not collective.  For a failure where returning would leave others waiting:
    says rank, place and sel_error() on stderr, then ends the whole job with status 1. */
 _Noreturn void sel_comm_die(const sel_comm *c, const char *where);
+
+/* Not collective, from any thread.  Ends the whole job with that status, and this process within seconds even where MPI
+   no longer reaches anyone. */
+_Noreturn void sel_comm_abort(int status);
 
 /* [collective] */
 void sel_comm_barrier(sel_comm *c);

@@ -205,7 +205,7 @@ static sel_status run(const char *what, const request *r, const numbers *threads
     if (rc != SEL_OK) return rc;
     sel_ops_init(&ops, level);
     for (int i = 0; rc == SEL_OK && i < threads->n; i++) rc = sel_cpu_check_threads(threads->at[i]);
-    if (!r->json)
+    if (rc == SEL_OK && !r->json)
         printf("%s, kernels for %s; medians of %d rounds\n", sel_cpu_name(), sel_cpu_level_name(level), (int)r->runs);
     for (int i = 0; rc == SEL_OK && i < threads->n; i++)
         for (int dtype = SEL_FLOAT32; rc == SEL_OK && dtype <= SEL_BFLOAT16; dtype++)

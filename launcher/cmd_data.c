@@ -15,17 +15,14 @@
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
-/* Prints JSON on one line of stdout and frees it; the exit status. */
+/* Prints JSON on one line of stdout and frees it; the exit status (main.c sees whether it arrived). */
 static int print_json(const sel_command *c, json_t *root)
 {
-    const int rc = root ? json_dumpf(root, stdout, JSON_COMPACT) : -1;
-
+    if (!root) return sel_options_failed(c, sel_fail(SEL_ENOMEM, "no memory for the JSON object"));
+    json_dumpf(root, stdout, JSON_COMPACT);
+    putchar('\n');
     json_decref(root);
-    if (rc != 0 || putchar('\n') == EOF || fflush(stdout) != 0) {
-        sel_options_mistake(c, "cannot write the JSON: no memory, or standard output is closed");
-        return sel_exit_status(SEL_EIO);
-    }
-    return 0;
+    return SEL_EXIT_DONE;
 }
 
 /* --- pack ------------------------------------------------------------------------------------------------- */
@@ -194,7 +191,13 @@ static int show_batch(const sel_command *command, const sel_config *config, cons
 
     for (int64_t b = 0; b < batch; b++) {
         const int64_t w = sel_sample_window((uint64_t)config->run.seed, step, b, batch, windows);
-        sel_corpus_window(c, N, w, ids);
+        const sel_status rc = sel_corpus_window(c, N, w, ids, NULL);
+        if (rc != SEL_OK) {
+            free(ids);
+            json_decref(list);
+            json_decref(samples);
+            return sel_options_failed(command, rc);
+        }
         if (json) {
             json_t *row = json_array();
             for (int64_t i = 0; i <= N; i++) json_array_append_new(row, json_integer(ids[i]));

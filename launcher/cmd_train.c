@@ -21,15 +21,19 @@ static void note_signal(int number)
     signal_seen = number;
 }
 
-/* TERM, INT, USR1, USR2 to any rank: finish the step, save, exit 85. */
+/* To any rank: finish the step, save, exit 85. */
 static void catch_signals(void)
 {
-    static const int numbers[] = { SIGTERM, SIGINT, SIGUSR1, SIGUSR2 };
-    struct sigaction a;
+    static const int numbers[] = { SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU };
+    struct sigaction a, before;
     memset(&a, 0, sizeof a);
     a.sa_handler = note_signal;
     a.sa_flags = SA_RESTART;
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) sigaction(numbers[i], &a, NULL);
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        if (numbers[i] == SIGHUP && sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler == SIG_IGN)
+            continue;   /* nohup */
+        sigaction(numbers[i], &a, NULL);
+    }
     signal(SIGPIPE, SIG_IGN);   /* a reader of our output that goes away must not end the run */
 }
 
@@ -49,9 +53,9 @@ static void show_start(void *ctx, const sel_train_start *s)
     end_line(ctx);
     sel_format_count(params, (double)s->parameters);
     sel_format_count(tokens, (double)s->train_tokens);
-    printf("selectra %s: %d rank%s on %d host%s, %d thread%s each; %s (%s), %s, %s\n", SEL_VERSION, s->ranks,
+    printf("selectra %s: %d rank%s on %d host%s, %d thread%s each; %s (%s), %s in %s, %s\n", SEL_VERSION, s->ranks,
            s->ranks == 1 ? "" : "s", s->hosts, s->hosts == 1 ? "" : "s", s->threads, s->threads == 1 ? "" : "s", s->cpu,
-           s->level, s->linear, s->mpi);
+           s->level, s->linear, s->precision, s->mpi);
     printf("%s parameters, %.0f MiB a rank; %s training tokens in %" PRId64 " windows; %" PRId64
            " sequences a rank in micro-batches of %" PRId64 "; matrix-product peak %.0f GFLOP/s a rank\n",
            params, (double)s->memory_bytes / 1048576.0, tokens, s->windows, s->local_batch, s->micro_batch,
@@ -118,7 +122,8 @@ static void usage(void)
     printf(
         "usage: selectra train CONFIG [key=value ...] [--profile]\n\n"
         "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
-        "newest intact one.  TERM, INT, USR1 or USR2 to any rank: the step is finished and saved, exit status 85.\n"
+        "newest intact one.  TERM, INT, HUP, USR1, USR2 or XCPU to any rank: the step is finished and saved, exit status\n"
+        "85.  `selectra launch` starts it again after a failure.\n"
         "--profile: where rank 0's time went, by part, in a table at the end and in an event of metrics.jsonl.\n\n"
         "Keys of CONFIG (YAML), each also as key=value:\n\n");
     if (sel_config_help(&keys) == SEL_OK) fputs(keys, stdout);
@@ -175,11 +180,11 @@ int sel_cmd_train(int argc, char **argv)
             fprintf(stderr, "selectra train: CONFIG is missing (usage: selectra train CONFIG [key=value ...])\n");
         return SEL_EXIT_USER;
     }
+    catch_signals();   /* also those that come while MPI starts */
     if (sel_comm_open(&c, &argc, &argv) != SEL_OK) {
         fprintf(stderr, "selectra train: %s\n", sel_error());
         return SEL_EXIT_FAILURE;
     }
-    catch_signals();
 
     char *const command = join(argc, argv);
     bool profile = false;

@@ -13,6 +13,7 @@ enum { SEL_EXIT_DONE = 0, SEL_EXIT_FAILURE = 1, SEL_EXIT_USER = 2, SEL_EXIT_WATC
 
 /* argv[0] is the subcommand's name. */
 int sel_cmd_train(int argc, char **argv);
+int sel_cmd_launch(int argc, char **argv);
 int sel_cmd_eval(int argc, char **argv);
 int sel_cmd_generate(int argc, char **argv);
 int sel_cmd_inspect(int argc, char **argv);

@@ -11,6 +11,7 @@ static const struct {
     int (*run)(int argc, char **argv);
 } commands[] = {
     { "train", "train a model; under mpirun or srun, or alone; resumes by itself", sel_cmd_train },
+    { "launch", "start a job, and again when it fails", sel_cmd_launch },
     { "eval", "loss, perplexity, token log-probabilities of a checkpoint", sel_cmd_eval },
     { "generate", "text from a checkpoint", sel_cmd_generate },
     { "inspect", "what a checkpoint holds", sel_cmd_inspect },
@@ -28,7 +29,8 @@ static void usage(FILE *to)
     for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].help);
     fprintf(to,
             "\n`selectra COMMAND --help` tells the rest.\n"
-            "exit status: 0 done; 1 failure; 2 a mistake in what was asked; 85 saved on request, to be continued\n");
+            "exit status: 0 done; 1 failure; 2 a mistake in what was asked;\n"
+            "75 ended by the watchdog; 85 saved on request, to be continued\n");
 }
 
 /* What was printed must have arrived: a full disk behind a redirection is a failure. */
@@ -50,9 +52,9 @@ int main(int argc, char **argv)
     }
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
         usage(stdout);
-        return SEL_EXIT_DONE;
+        return finish(argv[1], SEL_EXIT_DONE);
     }
-    if (strcmp(argv[1], "--version") == 0) return sel_cmd_version(argc - 1, argv + 1);
+    if (strcmp(argv[1], "--version") == 0) return finish(argv[1], sel_cmd_version(argc - 1, argv + 1));
     for (int i = 0; i < COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name) == 0) return finish(argv[1], commands[i].run(argc - 1, argv + 1));
         names[i] = commands[i].name;

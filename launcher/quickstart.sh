@@ -2,7 +2,7 @@
 # From a bare Debian 12 machine to a trained model: packages, build, corpus, tokenizer, training, evaluation, a sample.
 # Each part that is there already is left as it is, so that it may be run again: it goes on, or says that all is done.
 #
-#   ./launcher/quickstart.sh          as root or with sudo; without either, see README.md, "Without root"
+#   ./launcher/quickstart.sh          as root or with sudo; without either, see README.md, "Building by hand, and without root"
 #   GCIDE=FILE ./launcher/quickstart.sh    takes the dictionary's text (gzip) from FILE
 set -eu -o pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 /* attention.c: tiles, groups and scratch of an attention call (attention_plan.h); no arithmetic.
  *
- * The definition is attention.h, as a program tests/reference.c; the portable kernel
- * attention_{forward,backward}_c.c; AVX-512's attention_words*.h.
+ * The definition is attention.h, as a program tests/reference.c; the portable kernel attention_{forward,backward}_c.c;
+ * AVX-512's attention_words*.h, installed by attention_avx512*.c, which also choose for each call.
  */
 #include "core/base/error.h"
 #include "ops/attention_plan.h"
@@ -41,6 +41,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
 {
     attention_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE;
+    const bool bilinear = attention_bilinear(a);
     int64_t end = 0;
 
     p.rows = a->i1 - a->i0;
@@ -63,6 +64,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
             p.carry = take(&end, a->i1);
             p.rowsum = take(&end, 2 * TILE);
         }
+        p.sel_qt = take(&end, bilinear ? dh * TILE : 0);
     } else {
         p.p = take(&end, square);
         p.dz = take(&end, square);
@@ -76,6 +78,9 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         p.kcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.vcopy = take(&end, p.copied ? a->kv_heads * TILE * p.dhp : 0);
         p.dq = take(&end, p.tiles * TILE * H * p.dhp);
+        p.dsel_q = take(&end, bilinear ? p.tiles * TILE * p.dhp : 0);
+        p.dsel_k = take(&end, bilinear ? TILE * p.dhp : 0);
+        p.sel_kcopy = take(&end, bilinear && p.copied ? TILE * p.dhp : 0);
     }
     p.thread_size = end;
     end *= a->threads;
@@ -90,6 +95,8 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward)
         p.delta_all = take(&pack, p.tiles * H * TILE);
         p.q_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
         p.dout_rows = take(&pack, p.copied ? p.rows * H * p.dhp : 0);
+        p.sel_qt_all = take(&pack, bilinear ? p.tiles * dh * TILE : 0);
+        p.sel_q_rows = take(&pack, bilinear && p.copied ? p.rows * p.dhp : 0);
         p.pack0 = end;
         p.pack_size = pack;
         end += pack * (a->B >= a->threads ? a->threads : 1);
@@ -102,6 +109,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 {
     words_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
+    const int64_t sel = attention_bilinear(a) ? dh : 0;   /* width of the selection's own rows */
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
@@ -119,6 +127,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.p = take(&end, square);
         p.f = take(&end, SUPER * square);
         p.carry = take(&end, a->i1);
+        p.sel_qt = take(&end, sel * TILE);
     } else {
         p.l0 = take(&end, p.group * SIDE * square);
         p.f = take(&end, p.group * SIDE * square);
@@ -130,6 +139,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
         p.dq = take(&end, p.tiles * TILE * H * dh);
+        p.dsel_q = take(&end, p.tiles * TILE * sel);
+        p.dsel_k = take(&end, SIDE * TILE * sel);
     }
     p.thread_size = end;
     end *= a->threads;
@@ -137,6 +148,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
     p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
     p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+    p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
     if (!backward) {
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
@@ -147,6 +159,9 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.delta_all = take(&pack, p.tiles * H * TILE);
         p.q_rows = take(&pack, p.tiles * TILE * H * dh / 2);
         p.dout_rows = take(&pack, p.tiles * TILE * H * dh / 2);
+        p.sel_k_pairs = take(&pack, p.columns * TILE * sel / 2);
+        p.sel_qt_all = take(&pack, p.tiles * TILE * sel);
+        p.sel_q_rows = take(&pack, p.tiles * TILE * sel / 2);
     }
     p.pack0 = end;
     p.pack_size = pack;
@@ -156,7 +171,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
-    SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0));
+    SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0) && !a->sel_q == !a->sel_k);
     const int64_t portable = sel_attention_plan(a, backward).total;
     const int64_t words = attention_fits_words(a) ? sel_attention_words_plan(a, backward).total : 0;
     return (size_t)(portable > words ? portable : words) * sizeof(float);

@@ -1,7 +1,7 @@
 /* attention.h: selective attention, fused and tiled: O(N) memory (spec, sections 2, 3, 5).
  *
  *     L[h,i,j] = q[h,i] . k[g(h),j] / sqrt(dh)     for max(0, i - window + 1) <= j <= i
- *     S[i,j]   = relu(L[0,i,j]);  S[i,0] = 0;  S[i,i] = 0
+ *     S[i,j]   = relu(L[0,i,j]);  S[i,0] = 0;  S[i,i] = 0          (L[0]: or sel_q[i] . sel_k[j] / sqrt(dh))
  *     F[i,j]   = sum over k <= i-1 of S[k,j]
  *     out[h,i] = softmax_j(L[h,i,:] - F[i,:]) . v[g(h),:]        g(h) = h * Hkv / H
  *
@@ -37,6 +37,11 @@ typedef struct {
     const float *q, *k, *v;
     int64_t q_seq, q_row, k_seq, k_row, v_seq, v_row;
 
+    /* What makes S where it is not head 0 (source bilinear): sel_q [B][i1-i0][dh], sel_k [B][i1][dh], strides as
+       above.  NULL, both: head 0.  Ignored unless selective. */
+    const float *sel_q, *sel_k;
+    int64_t sel_q_seq, sel_q_row, sel_k_seq, sel_k_row;
+
     /* out [B][i1-i0][heads][dh] */
     float *out;
     int64_t out_seq, out_row;
@@ -64,8 +69,8 @@ typedef struct {
     double *m_max;
     int64_t *m_row;
 
-    /* Operands of the matrix products (q, k, v, dout, P, dZ) are rounded to bfloat16; all else, sums included, stays
-       float32 (spec, section 3).  Arrays are float32 either way. */
+    /* Operands of the matrix products (q, k, v, sel_q, sel_k, dout, P, dZ, dS) are rounded to bfloat16; all else, sums
+       included, stays float32 (spec, section 3).  Arrays are float32 either way. */
     bool bfloat16;
 
     /* Scratch of sel_attention_workspace bytes, 64-byte aligned. */
@@ -79,6 +84,10 @@ typedef struct {
     const float *dout;     /* [B][i1-i0][heads][dh] with out's strides */
     float *dq, *dk, *dv;   /* overwritten; strides of a sequence and a token below */
     int64_t dq_seq, dq_row, dk_seq, dk_row, dv_seq, dv_row;
+
+    /* Where sel_q and sel_k make S: all that comes through F, and head 0's q and k get none of it; overwritten. */
+    float *dsel_q, *dsel_k;
+    int64_t dsel_q_seq, dsel_q_row, dsel_k_seq, dsel_k_row;
 
     /* dF of the rows after i1 summed over rows, [B][carry_seq] for keys [0, i1); NULL:
        zero.  dcarry_out [B][carry_seq]: the same with the rows of this call; NULL: not

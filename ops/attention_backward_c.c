@@ -7,6 +7,8 @@
  *     P = exp(L - F - lse)     dZ = P (dP - delta)     dF = - sum over heads of dZ (+ memory loss)
  *     dS[i] = dcarry + sum of dF over later rows of the tile        dL[0] = dZ[0] + dS where S passed L on
  *
+ * Where sel_q and sel_k make S, dS is the gradient of their logits and dL[0] = dZ[0].
+ *
  * Threads take whole sequences; where there are more threads than sequences they share
  * one, each with columns of its own and a private dQ, summed in thread order.
  */
@@ -41,16 +43,24 @@ static const float *dout_rows(const job *w, int64_t h, int64_t row, int64_t *str
                         : w->g->dout + w->b * w->a->out_seq + row * w->a->out_row + h * w->a->dh;
 }
 
-/* Rows of column tile J of k or v, *row apart, key heads *head apart: as they lie, or copied (padded, rounded). */
-static const float *column_rows(const job *w, int64_t J, const float *x, int64_t x_row, float *copy, int64_t *row,
-                                int64_t *head)
+static const float *selection_rows(const job *w, int64_t row, int64_t *stride)
+{
+    *stride = w->p->copied ? w->p->dhp : w->a->sel_q_row;
+    return w->p->copied ? w->pack + w->p->sel_q_rows + row * w->p->dhp
+                        : w->a->sel_q + w->b * w->a->sel_q_seq + row * w->a->sel_q_row;
+}
+
+/* Rows of column tile J of k, v or sel_k (`heads` heads), *row apart, heads *head apart: as they lie, or copied
+   (padded, rounded). */
+static const float *column_rows(const job *w, int64_t J, const float *x, int64_t x_row, int64_t heads, float *copy,
+                                int64_t *row, int64_t *head)
 {
     const sel_attention *a = w->a;
     const int64_t dh = a->dh, dhp = w->p->dhp, left = a->i1 - J * TILE;
     *row = w->p->copied ? dhp : x_row;
     *head = w->p->copied ? TILE * dhp : dh;
     if (!w->p->copied) return x + J * TILE * x_row;
-    for (int64_t kh = 0; kh < a->kv_heads; kh++)
+    for (int64_t kh = 0; kh < heads; kh++)
         for (int64_t j = 0; j < TILE && j < left; j++)
             copy_padded(copy + (kh * TILE + j) * dhp, x + (J * TILE + j) * x_row + kh * dh, dh, dhp, a->bfloat16);
     return copy;
@@ -87,6 +97,11 @@ static void pack_tile(const job *w, int64_t I)
             copy_padded(w->pack + p->dout_rows + at, dout + i * a->out_row, dh, p->dhp, a->bfloat16);
         }
     }
+    if (!attention_bilinear(a)) return;
+    const float *const own = a->sel_q + w->b * a->sel_q_seq + row * a->sel_q_row;
+    transpose_rows(w->pack + p->sel_qt_all + I * dh * TILE, own, a->sel_q_row, t.rows, dh, query_scale(a), a->bfloat16);
+    for (int i = 0; p->copied && i < t.rows; i++)
+        copy_padded(w->pack + p->sel_q_rows + (row + i) * p->dhp, own + i * a->sel_q_row, dh, p->dhp, a->bfloat16);
 }
 
 /* From logits X (not changed) to P and, dP in Z coming in, dZ = P (dP - delta); G += dZ where not NULL. */
@@ -122,7 +137,8 @@ static void add_memory_gradient(const job *w, const tile_place *t, const float *
     }
 }
 
-/* Head 0's dZ becomes dL: dF = -G is summed over later rows (reverse scan) and passes where S took the logit. */
+/* Z, the gradient of the logits L0 that S is made of but for S (head 0: its dZ; a source of its own: 0), gets S's: dF =
+   -G is summed over later rows (reverse scan) and passes where S took the logit. */
 static void selection_gradient(const sel_attention *a, const tile_place *t, const float *L0, const float *G, float *Z,
                                float *dcarry)
 {
@@ -162,21 +178,35 @@ static void backward_column(const job *w, int64_t J)
     float *const P = w->scratch + p->p, *const Z = w->scratch + p->dz, *const G = w->scratch + p->g;
     float *const panel = w->scratch + p->l0, *const Fs = w->scratch + p->f;
     float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const dQ = w->scratch + p->dq;
+    float *const dSelK = w->scratch + p->dsel_k, *const dSelQ = w->scratch + p->dsel_q;
     int64_t k_row, v_row, k_head, v_head;
-    const float *const k = column_rows(w, J, a->k + w->b * a->k_seq, a->k_row, w->scratch + p->kcopy, &k_row, &k_head);
-    const float *const v = column_rows(w, J, a->v + w->b * a->v_seq, a->v_row, w->scratch + p->vcopy, &v_row, &v_head);
+    const float *const k = column_rows(w, J, a->k + w->b * a->k_seq, a->k_row, a->kv_heads, w->scratch + p->kcopy,
+                                       &k_row, &k_head);
+    const float *const v = column_rows(w, J, a->v + w->b * a->v_seq, a->v_row, a->kv_heads, w->scratch + p->vcopy,
+                                       &v_row, &v_head);
+    const bool bilinear = attention_bilinear(a);
+    const float *own = k;                              /* keys and queries that S is made of */
+    const float *own_qt = w->pack + p->qt_all;
+    int64_t own_row = k_row, own_head = 0, own_tile = H * dh * TILE;
     const bool memory = a->selective && a->tau > 0.0 && w->g->memory_coef != 0.0f;
     float dcarry[TILE] = { 0 }, carry_here[TILE];
 
     memset(dK, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dK);
     memset(dV, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dV);
+    if (bilinear) {
+        own = column_rows(w, J, a->sel_k + w->b * a->sel_k_seq, a->sel_k_row, 1, w->scratch + p->sel_kcopy, &own_row,
+                          &own_head);
+        own_qt = w->pack + p->sel_qt_all;
+        own_tile = dh * TILE;
+        memset(dSelK, 0, (size_t)(TILE * dhp) * sizeof *dSelK);
+    }
     if (a->selective && w->g->dcarry_in) memcpy(dcarry, w->g->dcarry_in + w->b * a->carry_seq + j0, (size_t)cols * 4);
 
     for (int64_t group = p->groups - 1; group >= 0; group--) {
         const int64_t I0 = group * p->group, I1 = I0 + p->group < p->tiles ? I0 + p->group : p->tiles;
         int64_t first, end;
 
-        /* Up the group: head 0's logits and F of its tiles, from the saved carry. */
+        /* Up the group: the selection's logits and F of its tiles, from the saved carry. */
         if (a->selective) {
             memcpy(carry_here, a->saved + (w->b * p->groups + group) * a->i1 + j0, (size_t)cols * 4);
             for (int64_t I = I0; I < I1; I++) {
@@ -184,7 +214,7 @@ static void backward_column(const job *w, int64_t J)
                 if (J < first || J >= end) continue;
                 const tile_place t = place_tile(a, I, J);
                 float *const L0 = panel + (I - I0) * square, *const F = Fs + (I - I0) * square;
-                logits_tile(a, &t, k, k_row, w->pack + p->qt_all + I * H * dh * TILE, L0);
+                logits_tile(a, &t, own, own_row, own_qt + I * own_tile, L0);
                 select_tile(a, &t, L0, F, carry_here - j0);
             }
         }
@@ -202,15 +232,16 @@ static void backward_column(const job *w, int64_t J)
             }
             for (int64_t n = 0; n < H; n++) {
                 const int64_t h = (n + 1) % H, kh = kv_head(a, h), slot = I * H + h;
+                const bool selects = a->selective && !bilinear && h == 0;
                 int64_t stride;
 
-                if (!a->selective || h != 0)
+                if (!selects)
                     logits_tile(a, &t, k + kh * k_head, k_row, w->pack + p->qt_all + slot * dh * TILE, P);
                 product(t.cols, t.lanes, dh, v + kh * v_head, v_row, 1, w->pack + p->dot_all + slot * dh * TILE, TILE,
                         Z, TILE, false);
-                softmax_gradient(&t, a->selective && h == 0 ? L0 : P, F, P, Z, a->selective ? G : NULL,
+                softmax_gradient(&t, selects ? L0 : P, F, P, Z, a->selective ? G : NULL,
                                  w->pack + p->lse_all + slot * TILE, w->pack + p->delta_all + slot * TILE);
-                if (a->selective && h == 0) selection_gradient(a, &t, L0, G, Z, dcarry);
+                if (selects) selection_gradient(a, &t, L0, G, Z, dcarry);
                 if (a->bfloat16) {      /* as operands only: dZ, G and dF were made of the unrounded values */
                     round_tile(&t, P);
                     round_tile(&t, Z);
@@ -222,6 +253,15 @@ static void backward_column(const job *w, int64_t J)
                 product(t.cols, dhp, t.rows, Z, TILE, 1, rows, stride, dK + kh * TILE * dhp, dhp, true);
                 product(t.rows, dhp, t.cols, Z, 1, TILE, k + kh * k_head, k_row, dQ + (I * TILE * H + h) * dhp,
                         H * dhp, true);
+            }
+            if (bilinear) {
+                int64_t stride;
+                memset(Z, 0, (size_t)square * sizeof *Z);
+                selection_gradient(a, &t, L0, G, Z, dcarry);
+                if (a->bfloat16) round_tile(&t, Z);
+                const float *const rows = selection_rows(w, I * TILE, &stride);
+                product(t.cols, dhp, t.rows, Z, TILE, 1, rows, stride, dSelK, dhp, true);
+                product(t.rows, dhp, t.cols, Z, 1, TILE, own, own_row, dSelQ + I * TILE * dhp, dhp, true);
             }
         }
     }
@@ -236,29 +276,42 @@ static void backward_column(const job *w, int64_t J)
                 dv[d] = dV[(kh * TILE + j) * dhp + d];
             }
         }
+    for (int j = 0; bilinear && j < cols; j++) {
+        float *const dk = w->g->dsel_k + w->b * w->g->dsel_k_seq + (j0 + j) * w->g->dsel_k_row;
+        for (int64_t d = 0; d < dh; d++) dk[d] = scale * dSelK[j * dhp + d];
+    }
     if (a->selective && w->g->dcarry_out)
         memcpy(w->g->dcarry_out + w->b * a->carry_seq + j0, dcarry, (size_t)cols * 4);
 }
 
-/* dq of row tile I: the threads' sums [first thread's dQ + n thread_size], in thread order. */
+/* dq [dh]: the threads' sums [sum + n thread_size], in thread order. */
+static void add_threads(const job *w, const float *sum, int threads, float *dq)
+{
+    const float scale = (float)(1.0 / sqrt((double)w->a->dh));
+    for (int64_t d = 0; d < w->a->dh; d++) dq[d] = sum[d];
+    for (int n = 1; n < threads; n++) {
+        sum += w->p->thread_size;
+        for (int64_t d = 0; d < w->a->dh; d++) dq[d] += sum[d];
+    }
+    for (int64_t d = 0; d < w->a->dh; d++) dq[d] *= scale;
+}
+
+/* dq and dsel_q of row tile I; w: the first thread's. */
 static void store_dq(const job *w, int64_t I, int threads)
 {
     const sel_attention *a = w->a;
+    const sel_attention_grad *g = w->g;
     const attention_plan *p = w->p;
-    const float scale = (float)(1.0 / sqrt((double)a->dh));
     const tile_place t = place_tile(a, I, 0);
 
-    for (int i = 0; i < t.rows; i++)
-        for (int64_t h = 0; h < a->heads; h++) {
-            const float *sum = w->scratch + p->dq + ((I * TILE + i) * a->heads + h) * p->dhp;
-            float *const dq = w->g->dq + w->b * w->g->dq_seq + (I * TILE + i) * w->g->dq_row + h * a->dh;
-            for (int64_t d = 0; d < a->dh; d++) dq[d] = sum[d];
-            for (int n = 1; n < threads; n++) {
-                sum += p->thread_size;
-                for (int64_t d = 0; d < a->dh; d++) dq[d] += sum[d];
-            }
-            for (int64_t d = 0; d < a->dh; d++) dq[d] *= scale;
-        }
+    for (int64_t row = I * TILE; row < I * TILE + t.rows; row++) {
+        for (int64_t h = 0; h < a->heads; h++)
+            add_threads(w, w->scratch + p->dq + (row * a->heads + h) * p->dhp, threads,
+                        g->dq + w->b * g->dq_seq + row * g->dq_row + h * a->dh);
+        if (attention_bilinear(a))
+            add_threads(w, w->scratch + p->dsel_q + row * p->dhp, threads,
+                        g->dsel_q + w->b * g->dsel_q_seq + row * g->dsel_q_row);
+    }
 }
 
 static job new_job(const sel_attention *a, const sel_attention_grad *g, const attention_plan *p, int64_t b, int thread,
@@ -271,7 +324,9 @@ static job new_job(const sel_attention *a, const sel_attention_grad *g, const at
 
 static void clear_dq(const job *w)
 {
-    memset(w->scratch + w->p->dq, 0, (size_t)(w->p->tiles * TILE * w->a->heads * w->p->dhp) * sizeof(float));
+    const size_t rows = (size_t)(w->p->tiles * TILE * w->p->dhp) * sizeof(float);
+    memset(w->scratch + w->p->dq, 0, rows * (size_t)w->a->heads);
+    if (attention_bilinear(w->a)) memset(w->scratch + w->p->dsel_q, 0, rows);
 }
 
 /* Column J's thread: dealt 0 .. T-1, T-1 .. 0, so that early (long) and late (short) columns even out. */

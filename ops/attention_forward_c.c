@@ -1,10 +1,11 @@
 /* attention_forward_c.c: fused selective attention, forward, in portable C (spec, section 3).
  *
  * Row tiles ascend.  In each, head 0 passes over the column tiles first and leaves
- * F of each tile; then every head subtracts it.  Threads take whole sequences; where
- * there are more threads than sequences, a first pass over head 0 alone, split by
- * columns, makes the carries of all groups of row tiles, and the groups become
- * independent.  Both ways add the same numbers in the same order.
+ * F of each tile (made of its own logits, or of sel_q and sel_k); then every head
+ * subtracts it.  Threads take whole sequences; where there are more threads than
+ * sequences, a first pass over the selection alone, split by columns, makes the
+ * carries of all groups of row tiles, and the groups become independent.  Both ways
+ * add the same numbers in the same order.
  */
 #include <math.h>
 #include <omp.h>
@@ -49,6 +50,31 @@ static void head_logits(const job *w, const tile_place *t, int64_t h, const floa
     int64_t stride = w->a->k_row;
     const float *const K = operand_rows(w, t, key(w, h, t->col0), w->scratch + w->p->krows, &stride);
     logits_tile(w->a, t, K, stride, Qt, X);
+}
+
+/* The transposed queries that S is made of; Qt: head 0's. */
+static const float *selection_queries(const job *w, const tile_place *t, int64_t row_tile, const float *Qt)
+{
+    const sel_attention *a = w->a;
+    float *const own = w->scratch + w->p->sel_qt;
+    if (!attention_bilinear(a)) return Qt;
+    transpose_rows(own, a->sel_q + w->b * a->sel_q_seq + row_tile * TILE * a->sel_q_row, a->sel_q_row, t->rows, a->dh,
+                   query_scale(a), a->bfloat16);
+    return own;
+}
+
+/* Logits of a tile that S is made of; Qt as selection_queries gave it. */
+static void selection_logits(const job *w, const tile_place *t, const float *Qt, float *X)
+{
+    const sel_attention *a = w->a;
+    int64_t stride = a->sel_k_row;
+    if (!attention_bilinear(a)) {
+        head_logits(w, t, 0, Qt, X);
+        return;
+    }
+    const float *const rows = a->sel_k + w->b * a->sel_k_seq + t->col0 * a->sel_k_row;
+    const float *const K = operand_rows(w, t, rows, w->scratch + w->p->krows, &stride);
+    logits_tile(a, t, K, stride, Qt, X);
 }
 
 /* Subtracts F (NULL: nothing) and masks; X in place.  Returns each lane's largest in `top`. */
@@ -128,6 +154,7 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
     }
     if (memory)
         for (int i = 0; i < TILE; i++) rowsum[i] = 0.0;
+    const float *const own = a->selective ? selection_queries(w, &t, row_tile, Qt) : NULL;
 
     for (int64_t block = first; block < end; block += SUPER)
         for (int64_t h = 0; h < H; h++)
@@ -135,11 +162,12 @@ static void forward_tile(job *w, int64_t row_tile, float *carry)
                 float *const f = F + (J - block) * TILE * TILE;
                 vf top[TILE / VL];
                 t = place_tile(a, row_tile, J);
-                head_logits(w, &t, h, Qt + h * dh * TILE, X);
                 if (a->selective && h == 0) {
+                    selection_logits(w, &t, own, X);
                     select_tile(a, &t, X, f, carry);
                     if (memory) add_forgotten(&t, f, a->tau, rowsum);
                 }
+                if (own != Qt || h > 0) head_logits(w, &t, h, Qt + h * dh * TILE, X);
                 subtract_and_mask(&t, X, a->selective ? f : NULL, top);
                 softmax_tile(w, &t, X, top, m + h * TILE, l + h * TILE, Ot + h * dh * TILE, h);
             }
@@ -192,7 +220,7 @@ static void forward_sequence(job *w)
         memcpy(a->carry_out + w->b * a->carry_seq, carry, (size_t)a->i1 * sizeof *carry);
 }
 
-/* The carries of one column tile at the start of every group, from head 0 alone. */
+/* The carries of one column tile at the start of every group, from the selection's logits alone. */
 static void carry_column(job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -210,8 +238,9 @@ static void carry_column(job *w, int64_t J)
         seen_columns(a, I, &first, &end);
         if (J < first || J >= end) continue;
         const tile_place t = place_tile(a, I, J);
-        transpose_rows(Qt, query(w, 0, I * TILE), a->q_row, t.rows, a->dh, query_scale(a), a->bfloat16);
-        head_logits(w, &t, 0, Qt, X);
+        if (!attention_bilinear(a))
+            transpose_rows(Qt, query(w, 0, I * TILE), a->q_row, t.rows, a->dh, query_scale(a), a->bfloat16);
+        selection_logits(w, &t, selection_queries(w, &t, I, Qt), X);
         select_tile(a, &t, X, F, carry);
     }
     if (a->carry_out)

@@ -22,12 +22,12 @@ typedef struct {
     bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
-    int64_t qt, ot, ml, f, tile, carry, rowsum, krows, vrows;
+    int64_t qt, ot, ml, f, tile, carry, rowsum, krows, vrows, sel_qt;
     int64_t carries;              /* shared: [groups][i1], where `saved` is NULL and threads share a sequence */
     /* backward, in a thread's scratch */
-    int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq;
+    int64_t l0, g, p, dz, dk, dv, kcopy, vcopy, dq, dsel_q, dsel_k, sel_kcopy;
     /* backward, packed sequences: set s at pack0 + s * pack_size; one a thread, or one for all */
-    int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    int64_t pack0, pack_size, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows, sel_qt_all, sel_q_rows;
     int64_t total;
 } attention_plan;
 
@@ -37,12 +37,13 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward);
 typedef struct {
     int64_t rows, tiles, columns, group, groups;
     int64_t thread0, thread_size;
-    int64_t qt, ot, ml, raw, redo, f, p, carry;      /* forward, in a thread's scratch */
+    int64_t qt, ot, ml, raw, redo, f, p, carry, sel_qt;   /* forward, in a thread's scratch */
     int64_t carries;
-    int64_t l0, g, pi, zi, zk, dk, dv, dq;           /* backward */
+    int64_t l0, g, pi, zi, zk, dk, dv, dq, dsel_q, dsel_k;   /* backward */
     int64_t pack0, pack_size;
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    int64_t sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
     int64_t total;
 } words_plan;
 
@@ -50,6 +51,9 @@ typedef struct {
 enum { SIDE = 2 };
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
+
+/* Does the selection have rows of its own, or is it made of head 0's? */
+static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
 
 /* What they do not cover goes to the portable kernel: windows, head widths that are no multiple of 16. */
 static inline bool attention_fits_words(const sel_attention *a) { return a->window == 0 && a->dh % LANES == 0; }

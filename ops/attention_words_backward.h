@@ -48,6 +48,27 @@ static key_operands backward_keys(const backward_job *w, int64_t kh, int64_t col
     return o;
 }
 
+/* The same for the keys that S is made of: head 0's, or sel_k (without values). */
+static key_operands selecting_keys(const backward_job *w, int64_t col0)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    key_operands o = { 0 };
+    if (!attention_bilinear(a)) return backward_keys(w, 0, col0);
+#if WORD_BF16
+    o.k_row = a->dh / 2;
+    o.pair_row = a->dh;
+    o.k = (const word *)(w->pack + p->sel_k) + col0 * a->dh / 2;
+    o.k_pairs = (const word *)(w->pack + p->sel_k_pairs) + col0 / 2 * a->dh;
+#else
+    const bool last = col0 + TILE > a->i1;
+    o.k_row = o.pair_row = last ? a->dh : a->sel_k_row;
+    o.k = o.k_pairs =
+        (const word *)(last ? w->pack + p->sel_k : a->sel_k + w->b * a->sel_k_seq + col0 * a->sel_k_row);
+#endif
+    return o;
+}
+
 /* Rows of q or dout by pairs of rows (float32: by row), dh values in the lanes. */
 INLINE const word *row_pairs(const backward_job *w, const float *rows, int64_t row_stride, int64_t packed, int64_t I,
                              int64_t h, int64_t *stride)
@@ -64,32 +85,39 @@ INLINE const word *row_pairs(const backward_job *w, const float *rows, int64_t r
 #endif
 }
 
+/* `rows` rows of n values into words, zeros up to TILE: by row at W, for bfloat16 by pairs of rows at `pairs`; NULL: not
+   wanted. */
+static void pack_tile(word *W, word *pairs, const float *x, int64_t x_row, int rows, int64_t n)
+{
+    for (int j = 0; W && j < TILE; j++) {
+        if (j < rows) row_words(W + j * n / PAIR, x + j * x_row, n);
+        else memset(W + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *W);
+    }
+#if WORD_BF16
+    for (int j = 0; pairs && j < TILE; j += 2) {
+        if (j < rows) pair_rows(pairs + j / 2 * n, x + j * x_row, j + 1 < rows ? x + (j + 1) * x_row : NULL, n);
+        else memset(pairs + j / 2 * n, 0, (size_t)n * sizeof *pairs);
+    }
+#else
+    (void)pairs;
+#endif
+}
+
 static void pack_columns(const backward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
-    const int64_t n = a->kv_heads * a->dh, j0 = J * TILE;
-    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
+    const words_plan *p = w->p;
+    const int64_t n = a->kv_heads * a->dh, j0 = J * TILE, from = WORD_BF16 ? j0 / 2 : 0;
     const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
-    word *const K = (word *)(w->pack + w->p->k) + (WORD_BF16 ? j0 * n / 2 : 0);
-    word *const V = (word *)(w->pack + w->p->v) + (WORD_BF16 ? j0 * n / 2 : 0);
+    word *const pack = (word *)w->pack;
 
     if (!WORD_BF16 && cols == TILE) return;
-    for (int j = 0; j < TILE; j++) {
-        if (j < cols) {
-            row_words(K + j * n / PAIR, k + j * a->k_row, n);
-            row_words(V + j * n / PAIR, v + j * a->v_row, n);
-        } else {
-            memset(K + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
-            memset(V + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *V);
-        }
-    }
-#if WORD_BF16
-    word *const pairs = (word *)(w->pack + w->p->k_pairs) + j0 / 2 * n;
-    for (int j = 0; j < TILE; j += 2) {
-        if (j < cols) pair_rows(pairs + j / 2 * n, k + j * a->k_row, j + 1 < cols ? k + (j + 1) * a->k_row : NULL, n);
-        else memset(pairs + j / 2 * n, 0, (size_t)n * sizeof *pairs);
-    }
-#endif
+    pack_tile(pack + p->k + from * n, pack + p->k_pairs + from * n, a->k + w->b * a->k_seq + j0 * a->k_row, a->k_row,
+              cols, n);
+    pack_tile(pack + p->v + from * n, NULL, a->v + w->b * a->v_seq + j0 * a->v_row, a->v_row, cols, n);
+    if (attention_bilinear(a))
+        pack_tile(pack + p->sel_k + from * a->dh, pack + p->sel_k_pairs + from * a->dh,
+                  a->sel_k + w->b * a->sel_k_seq + j0 * a->sel_k_row, a->sel_k_row, cols, a->dh);
 }
 
 /* Row tile I: Q^T (scaled) and dO^T of all heads, lse (log2), delta = rowsum(dO o out). */
@@ -117,20 +145,13 @@ static void pack_rows(const backward_job *w, int64_t I)
             delta[i] = _mm512_reduce_add_ps(sum);
             lse[i] = i < rows ? (float)(LOG2E * (double)a->lse[(w->b * H + h) * p->rows + row + i]) : NO_ROW;
         }
-#if WORD_BF16
-        word *const qr = (word *)(w->pack + p->q_rows) + slot * TILE_WORDS * dh;
-        word *const dr = (word *)(w->pack + p->dout_rows) + slot * TILE_WORDS * dh;
-        for (int i = 0; i < TILE; i += 2) {
-            if (i >= rows) {
-                memset(qr + i / 2 * dh, 0, (size_t)dh * sizeof *qr);
-                memset(dr + i / 2 * dh, 0, (size_t)dh * sizeof *dr);
-                continue;
-            }
-            pair_rows(qr + i / 2 * dh, q + i * a->q_row, i + 1 < rows ? q + (i + 1) * a->q_row : NULL, dh);
-            pair_rows(dr + i / 2 * dh, dout + i * a->out_row, i + 1 < rows ? dout + (i + 1) * a->out_row : NULL, dh);
-        }
-#endif
+        pack_tile(NULL, (word *)(w->pack + p->q_rows) + slot * TILE_WORDS * dh, q, a->q_row, rows, dh);
+        pack_tile(NULL, (word *)(w->pack + p->dout_rows) + slot * TILE_WORDS * dh, dout, a->out_row, rows, dh);
     }
+    if (!attention_bilinear(a)) return;
+    const float *const own = a->sel_q + w->b * a->sel_q_seq + row * a->sel_q_row;
+    transpose_words((word *)(w->pack + p->sel_qt_all) + I * dh / PAIR * TILE, own, a->sel_q_row, rows, dh);
+    pack_tile(NULL, (word *)(w->pack + p->sel_q_rows) + I * TILE_WORDS * dh, own, a->sel_q_row, rows, dh);
 }
 
 /* One tile of the (query, key) plane. */
@@ -286,6 +307,20 @@ static void sum_over_queries(const tile *t, int64_t dh, const word *A, const wor
         }
 }
 
+/* The gradient of logits, as words, to the queries' and the keys' that they are made of: C = dK [TILE][dh], dQ
+   [dh][TILE]. */
+static void logit_products(const backward_job *w, const tile *t, const key_operands *o, const word *rows,
+                           int64_t stride, float *dK, float *dQ)
+{
+    const int64_t dh = w->a->dh;
+    const word *const Z = (const word *)(w->scratch + w->p->zi);
+    sum_over_queries(t, dh, Z, rows, stride, dK);
+    const word *const Zk = WORD_BF16 ? (const word *)(w->scratch + w->p->zk) : Z;
+    for (int v0 = 0; v0 < t->lanes; v0 += 32)
+        product_32(dh, seen_blocks(v0, t->off) * 8 / PAIR, o->k_pairs, 1, o->pair_row, Zk + v0, TILE, dQ + v0, TILE,
+                   false);
+}
+
 /* The three products of a tile and head, P and dZ being words. */
 static void tile_products(const backward_job *w, const tile *t, int64_t h, const key_operands *o, float *dK, float *dV)
 {
@@ -297,13 +332,8 @@ static void tile_products(const backward_job *w, const tile *t, int64_t h, const
 
     const word *rows = row_pairs(w, w->g->dout + w->b * a->out_seq, a->out_row, p->dout_rows, t->I, h, &stride);
     sum_over_queries(t, dh, (const word *)(w->scratch + p->pi), rows, stride, dV);
-    const word *const Z = (const word *)(w->scratch + p->zi);
     rows = row_pairs(w, a->q + w->b * a->q_seq, a->q_row, p->q_rows, t->I, h, &stride);
-    sum_over_queries(t, dh, Z, rows, stride, dK);
-    const word *const Zk = WORD_BF16 ? (const word *)(w->scratch + p->zk) : Z;
-    for (int v0 = 0; v0 < t->lanes; v0 += 32)
-        product_32(dh, seen_blocks(v0, t->off) * 8 / PAIR, o->k_pairs, 1, o->pair_row, Zk + v0, TILE, dQ + v0, TILE,
-                   false);
+    logit_products(w, t, o, rows, stride, dK, dQ);
 }
 
 /* The memory loss's own part of dF in the arg-max row (G = -dF; NF = -F, raw). */
@@ -315,13 +345,17 @@ static void add_memory(const backward_job *w, const tile *t, const float *NF, fl
         if (-(double)NF[j * TILE + i] < w->a->tau * sqrt((double)w->a->dh)) G[j * TILE + i] += w->g->memory_coef;
 }
 
-/* Head 0's logits and -F of column tile c of the pair in all row tiles of a group, upwards from the saved carry. */
+/* The selection's logits and -F of column tile c of the pair in all row tiles of a group, upwards from the saved
+   carry. */
 static void rebuild_selection(const backward_job *w, int64_t group, int64_t J, int c)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t square = TILE * TILE, kw = a->dh / PAIR, I0 = group * p->group;
-    const key_operands o = backward_keys(w, 0, J * TILE);
+    const key_operands o = selecting_keys(w, J * TILE);
+    const bool bilinear = attention_bilinear(a);
+    const word *const Qt = (const word *)(w->pack + (bilinear ? p->sel_qt_all : p->qt_all));
+    const int64_t Qt_tile = (bilinear ? 1 : a->heads) * kw * TILE;
     const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + group) * a->i1 + J * TILE;
     float carry[TILE] = { 0 };
     tile t;
@@ -332,8 +366,8 @@ static void rebuild_selection(const backward_job *w, int64_t group, int64_t J, i
         float *const L0 = w->scratch + p->l0 + ((I - I0) * SIDE + c) * square;
         float *const NF = w->scratch + p->f + ((I - I0) * SIDE + c) * square;
         for (int v0 = 0; v0 < t.lanes; v0 += 32)
-            product_32(seen_blocks(v0, t.off) * 8, kw, o.k, o.k_row, 1,
-                       (const word *)(w->pack + p->qt_all) + I * a->heads * kw * TILE + v0, TILE, L0 + v0, TILE, true);
+            product_32(seen_blocks(v0, t.off) * 8, kw, o.k, o.k_row, 1, Qt + I * Qt_tile + v0, TILE, L0 + v0, TILE,
+                       true);
         select_words(a, L0, NF, carry, t.rows, t.cols, t.lanes, t.col0, t.off);
     }
 }
@@ -345,7 +379,7 @@ static void backward_head(const backward_job *w, int64_t h, int64_t I0, int64_t 
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t square = TILE * TILE, kv = a->kv_heads, kh = h * kv / a->heads, dh = a->dh;
-    const bool first = a->selective && h == 0;
+    const bool first = a->selective && h == 0 && !attention_bilinear(a);   /* the selection's logits are its own */
     tile t;
 
     for (int c = 0; c < SIDE && J0 + c < p->columns; c++) {
@@ -369,16 +403,48 @@ static void backward_head(const backward_job *w, int64_t h, int64_t I0, int64_t 
     }
 }
 
+/* What comes through F, to sel_q and sel_k, over the same tiles; after all heads. */
+static void backward_selection(const backward_job *w, int64_t I0, int64_t I1, int64_t group0, int64_t J0,
+                               float dcarry[SIDE][TILE])
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int64_t square = TILE * TILE, dh = a->dh;
+    float *const Z = w->scratch + p->raw;
+    tile t;
+
+    for (int c = 0; c < SIDE && J0 + c < p->columns; c++) {
+        const key_operands o = selecting_keys(w, (J0 + c) * TILE);
+        for (int64_t I = I1 - 1; I >= I0; I--) {
+            if (!make_tile(w, I, J0 + c, &t)) continue;
+            const float *const L = w->scratch + p->l0 + ((I - group0) * SIDE + c) * square;
+            const float *const NF = w->scratch + p->f + ((I - group0) * SIDE + c) * square;
+            float *const G = w->scratch + p->g + ((I - I0) * SIDE + c) * square;
+            const word *const rows = WORD_BF16
+                                         ? (const word *)(w->pack + p->sel_q_rows) + I * TILE_WORDS * dh
+                                         : (const word *)(a->sel_q + w->b * a->sel_q_seq + I * TILE * a->sel_q_row);
+
+            if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, &t, NF, G);
+            memset(Z, 0, (size_t)square * sizeof *Z);
+            selection_words(w, &t, L, G, Z, dcarry[c]);
+            logit_products(w, &t, &o, rows, WORD_BF16 ? dh : a->sel_q_row, w->scratch + p->dsel_k + c * TILE * dh,
+                           w->scratch + p->dsel_q + I * TILE * dh);
+        }
+    }
+}
+
 /* A pair of column tiles: their dK and dV, their part of every row's dQ. */
 static void backward_columns(const backward_job *w, int64_t J0)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t kv = a->kv_heads, dh = a->dh, square = TILE * TILE;
+    const bool bilinear = attention_bilinear(a);
     float dcarry[SIDE][TILE] = { { 0 } };
 
     memset(w->scratch + p->dk, 0, (size_t)(SIDE * TILE * kv * dh) * sizeof(float));
     memset(w->scratch + p->dv, 0, (size_t)(SIDE * TILE * kv * dh) * sizeof(float));
+    if (bilinear) memset(w->scratch + p->dsel_k, 0, (size_t)(SIDE * TILE * dh) * sizeof(float));
     for (int c = 0; c < SIDE; c++)
         for (int64_t j = (J0 + c) * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < (J0 + c + 1) * TILE; j++)
             dcarry[c][j % TILE] = w->g->dcarry_in[w->b * a->carry_seq + j];
@@ -392,6 +458,7 @@ static void backward_columns(const backward_job *w, int64_t J0)
             if (a->selective) memset(w->scratch + p->g, 0, (size_t)(SIDE * SIDE * square) * sizeof(float));
             /* Head 0 last: its dF needs the other heads'. */
             for (int64_t n = 1; n <= a->heads; n++) backward_head(w, n % a->heads, I0, I1, G0, J0, dcarry);
+            if (bilinear) backward_selection(w, I0, I1, G0, J0, dcarry);
         }
     }
 
@@ -407,11 +474,17 @@ static void backward_columns(const backward_job *w, int64_t J0)
                 _mm512_storeu_ps(dv + d, _mm512_loadu_ps(w->scratch + p->dv + at + d));
             }
         }
+    for (int64_t j = J0 * TILE; bilinear && j < a->i1 && j < (J0 + SIDE) * TILE; j++) {
+        const float *const from = w->scratch + p->dsel_k + (j - J0 * TILE) * dh;
+        float *const to = w->g->dsel_k + w->b * w->g->dsel_k_seq + j * w->g->dsel_k_row;
+        for (int64_t d = 0; d < dh; d += V16)
+            _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(scale)));
+    }
     for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < (J0 + SIDE) * TILE; j++)
         w->g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j / TILE - J0][j % TILE];
 }
 
-/* dq of row tile I: the threads' sums, in thread order, turned back to rows. */
+/* dq and dsel_q of row tile I: the threads' sums, in thread order, turned back to rows. */
 static void store_dq(const backward_job *w, int64_t I, int threads)
 {
     const sel_attention *a = w->a;
@@ -421,9 +494,11 @@ static void store_dq(const backward_job *w, int64_t I, int threads)
     const int rows = (int)(p->rows - I * TILE < TILE ? p->rows - I * TILE : TILE);
     float line[16][TILE], turned[16][16];
 
-    for (int64_t h = 0; h < H; h++) {
-        const float *const sum = w->scratch + p->dq + (I * H + h) * dh * TILE;
-        float *const dq = w->g->dq + w->b * w->g->dq_seq + I * TILE * w->g->dq_row + h * dh;
+    for (int64_t h = 0; h < H + attention_bilinear(a); h++) {
+        const float *const sum = w->scratch + (h < H ? p->dq + (I * H + h) * dh * TILE : p->dsel_q + I * dh * TILE);
+        const int64_t row = h < H ? w->g->dq_row : w->g->dsel_q_row;
+        float *const dq = (h < H ? w->g->dq + w->b * w->g->dq_seq + h * dh : w->g->dsel_q + w->b * w->g->dsel_q_seq) +
+                          I * TILE * row;
         for (int64_t d0 = 0; d0 < dh; d0 += 16) {
             for (int d = 0; d < 16; d++)
                 for (int v0 = 0; v0 < TILE; v0 += 32) {
@@ -441,7 +516,7 @@ static void store_dq(const backward_job *w, int64_t I, int threads)
             for (int i0 = 0; i0 < rows; i0 += 16) {
                 transpose_16((word *)&turned[0][0], 16, (const word *)&line[0][i0], TILE, 16);
                 for (int i = 0; i < 16 && i0 + i < rows; i++)
-                    _mm512_storeu_ps(dq + (i0 + i) * w->g->dq_row + d0, _mm512_loadu_ps(turned[i]));
+                    _mm512_storeu_ps(dq + (i0 + i) * row + d0, _mm512_loadu_ps(turned[i]));
             }
         }
     }
@@ -457,7 +532,9 @@ static backward_job new_backward_job(const sel_attention *a, const sel_attention
 
 static void clear_dq(const backward_job *w)
 {
-    memset(w->scratch + w->p->dq, 0, (size_t)(w->p->tiles * TILE * w->a->heads * w->a->dh) * sizeof(float));
+    const size_t rows = (size_t)(w->p->tiles * TILE * w->a->dh) * sizeof(float);
+    memset(w->scratch + w->p->dq, 0, rows * (size_t)w->a->heads);
+    if (attention_bilinear(w->a)) memset(w->scratch + w->p->dsel_q, 0, rows);
 }
 
 static void backward_words(const sel_attention *a, const sel_attention_grad *g)

@@ -29,6 +29,19 @@ INLINE const word *key_words(const forward_job *w, int64_t h, int64_t col0, int6
     return (const word *)(a->k + w->b * a->k_seq + col0 * a->k_row + kh * a->dh);
 }
 
+/* The same for the keys that S is made of: head 0's, or sel_k. */
+INLINE const word *selecting_words(const forward_job *w, int64_t col0, int64_t *stride)
+{
+    const sel_attention *a = w->a;
+    if (!attention_bilinear(a)) return key_words(w, 0, col0, stride);
+    if (WORD_BF16 || col0 + TILE > a->i1) {
+        *stride = a->dh / PAIR;
+        return (const word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? col0 : 0) * *stride;
+    }
+    *stride = a->sel_k_row;
+    return (const word *)(a->sel_k + w->b * a->sel_k_seq + col0 * a->sel_k_row);
+}
+
 INLINE const word *value_words(const forward_job *w, int64_t h, int64_t col0, int64_t *stride)
 {
     const sel_attention *a = w->a;
@@ -39,6 +52,15 @@ INLINE const word *value_words(const forward_job *w, int64_t h, int64_t col0, in
     }
     *stride = a->v_row;
     return (const word *)(a->v + w->b * a->v_seq + col0 * a->v_row + kh * a->dh);
+}
+
+/* The `cols` rows of a column tile as words, zeros up to TILE. */
+static void pack_tile_rows(word *K, const float *k, int64_t k_row, int cols, int64_t n)
+{
+    for (int j = 0; j < TILE; j++) {
+        if (j < cols) row_words(K + j * n / PAIR, k + j * k_row, n);
+        else memset(K + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
+    }
 }
 
 /* Packs column tile J of the sequence: all of it for bfloat16, only the last, incomplete tile for float32. */
@@ -52,10 +74,10 @@ static void pack_keys(const forward_job *w, int64_t J)
     word *const V = (word *)(w->pack + w->p->v) + (WORD_BF16 ? j0 / PAIR : 0) * n;
 
     if (!WORD_BF16 && cols == TILE) return;
-    for (int j = 0; j < TILE; j++) {
-        if (j < cols) row_words(K + j * n / PAIR, k + j * a->k_row, n);
-        else memset(K + j * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *K);
-    }
+    pack_tile_rows(K, k, a->k_row, cols, n);
+    if (attention_bilinear(a))
+        pack_tile_rows((word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? j0 : 0) * a->dh / PAIR,
+                       a->sel_k + w->b * a->sel_k_seq + j0 * a->sel_k_row, a->sel_k_row, cols, a->dh);
     for (int j = 0; j < TILE; j += PAIR) {
         if (j >= cols) memset(V + j / PAIR * n, 0, (size_t)n * sizeof *V);
 #if WORD_BF16
@@ -193,12 +215,11 @@ static void attend_tile(const forward_job *w, int64_t h, int64_t col0, int64_t o
     }
 }
 
-/* Head 0's logits of a tile, plain, [j][TILE]. */
-static void raw_logits(const forward_job *w, int64_t col0, int64_t off, int lanes, const word *Qt, float *raw)
+/* Logits of a tile, plain, [j][TILE], from keys K (rows `stride` words apart). */
+static void raw_logits(const forward_job *w, const word *K, int64_t stride, int64_t off, int lanes, const word *Qt,
+                       float *raw)
 {
     const int64_t kw = w->a->dh / PAIR;
-    int64_t stride;
-    const word *const K = key_words(w, 0, col0, &stride);
     for (int v0 = 0; v0 < lanes; v0 += 32)
         product_32(seen_blocks(v0, off) * 8, kw, K, stride, 1, Qt + v0, TILE, raw + v0, TILE, true);
 }
@@ -258,8 +279,12 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     word *const Qt = (word *)(w->scratch + p->qt);
     float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     double rowsum[TILE] = { 0 };
-    const bool memory = a->selective && a->tau > 0.0;
+    const bool memory = a->selective && a->tau > 0.0, bilinear = attention_bilinear(a);
+    word *const own = bilinear ? (word *)(w->scratch + p->sel_qt) : Qt;   /* queries that S is made of */
+    int64_t stride;
 
+    if (bilinear)
+        transpose_words(own, a->sel_q + w->b * a->sel_q_seq + I * TILE * a->sel_q_row, a->sel_q_row, rows, dh);
     for (int64_t h = 0; h < H; h++)
         transpose_words(Qt + h * dh / PAIR * TILE, a->q + w->b * a->q_seq + I * TILE * a->q_row + h * dh, a->q_row,
                         rows, dh);
@@ -271,10 +296,15 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 const int cols = (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE);
 
                 if (h == 0) {
-                    raw_logits(w, col0, off, lanes, Qt, raw);
+                    const word *K = selecting_words(w, col0, &stride);
+                    raw_logits(w, K, stride, off, lanes, own, raw);
                     if (a->selective) {
                         select_words(a, raw, NF, carry + col0, rows, cols, lanes, col0, off);
                         if (memory) add_forgotten(NF, rows, cols, off, a->tau * sqrt((double)dh), rowsum);
+                    }
+                    if (bilinear) {
+                        K = key_words(w, 0, col0, &stride);
+                        raw_logits(w, K, stride, off, lanes, Qt, raw);
                     }
                 }
                 attend_tile(w, h, col0, off, lanes, h == 0 ? raw : NULL, a->selective ? NF : NULL, J == 0);
@@ -341,7 +371,7 @@ static void forward_sequence(forward_job *w)
     store_memory(w);
 }
 
-/* The carries of one column tile at the start of every group of row tiles, from head 0 alone. */
+/* The carries of one column tile at the start of every group of row tiles, from the selection's logits alone. */
 static void carry_column(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -349,6 +379,11 @@ static void carry_column(const forward_job *w, int64_t J)
     const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
     float *const carry = w->scratch + p->carry, *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     word *const Qt = (word *)(w->scratch + p->qt);
+    const bool bilinear = attention_bilinear(a);
+    const float *const q = bilinear ? a->sel_q + w->b * a->sel_q_seq : a->q + w->b * a->q_seq;
+    const int64_t q_row = bilinear ? a->sel_q_row : a->q_row;
+    int64_t stride;
+    const word *const K = selecting_words(w, j0, &stride);
 
     start_carry(w, carry, j0, j1);
     for (int64_t I = 0; I < p->tiles; I++) {
@@ -356,8 +391,8 @@ static void carry_column(const forward_job *w, int64_t J)
         const int rows = (int)(a->i1 - row0 < TILE ? a->i1 - row0 : TILE), lanes = rows > 32 ? 64 : 32;
         if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
         if (off + rows - 1 < 0) continue;
-        transpose_words(Qt, a->q + w->b * a->q_seq + I * TILE * a->q_row, a->q_row, rows, a->dh);
-        raw_logits(w, j0, off, lanes, Qt, raw);
+        transpose_words(Qt, q + I * TILE * q_row, q_row, rows, a->dh);
+        raw_logits(w, K, stride, off, lanes, Qt, raw);
         select_words(a, raw, F, carry + j0, rows, (int)(j1 - j0), lanes, j0, off);
     }
     end_carry(w, carry, j0, j1);

@@ -6,7 +6,7 @@
 
 #include "tests/check.h"
 #include "tests/random.h"
-#include "tests/reference.h"
+#include "tests/switches.h"
 
 #include "ops/ops.h"
 
@@ -20,21 +20,6 @@
 #define ABSENT 1e-6          /* of |dO|, where the reference is zero */
 #define KINK 4e-6            /* how near to relu's or the memory loss's kink inputs may come */
 #define RIM 12345.678f       /* what surrounds outputs */
-
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "no self, no shift", true, true, true, false, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
 
 static bool bfloat16;        /* operands of every problem that follows */
 
@@ -56,6 +41,7 @@ static double norm(const double *x, int64_t n)
 typedef struct {
     sel_ref_attention a;
     double *q, *k, *v, *dout;
+    double *sel_q, *sel_k;       /* NULL: head 0 selects */
     sel_ref_results r;
     double scale;                /* of the bound */
     char name[160];
@@ -63,6 +49,7 @@ typedef struct {
 
 static int64_t q_count(const problem *p) { return p->a.B * p->a.N * p->a.H * p->a.dh; }
 static int64_t k_count(const problem *p) { return p->a.B * p->a.N * p->a.Hkv * p->a.dh; }
+static int64_t sel_count(const problem *p) { return p->sel_q ? p->a.B * p->a.N * p->a.dh : 0; }
 
 /* x rounded to what the operands' type holds exactly */
 static double operand(double x)
@@ -80,14 +67,16 @@ static double *float_normals(int64_t n, double deviation)
     return x;
 }
 
-/* Draws rows of head 0's q again until none of their logits is so near to 0 that float might see another sign. */
+/* Draws rows of what selects (head 0's q, or sel_q) again until none of their logits is so near to 0 that float might
+   see another sign. */
 static void avoid_kinks(problem *p)
 {
     const sel_ref_attention *a = &p->a;
     for (int64_t row = 0; row < a->B * a->N; row++) {
-        double *q = p->q + row * a->H * a->dh;
+        double *q = p->sel_q ? p->sel_q + row * a->dh : p->q + row * a->H * a->dh;
         for (int64_t j = 0; j <= row % a->N; j++) {
-            const double *k = p->k + (row - row % a->N + j) * a->Hkv * a->dh;
+            const int64_t key = row - row % a->N + j;
+            const double *k = p->sel_q ? p->sel_k + key * a->dh : p->k + key * a->Hkv * a->dh;
             double s = 0.0;
             for (int64_t d = 0; d < a->dh; d++) s += q[d] * k[d];
             if (fabs(s) >= KINK * sqrt((double)a->dh)) continue;
@@ -99,21 +88,24 @@ static void avoid_kinks(problem *p)
 
 static void problem_free(problem *p)
 {
-    double *const all[] = { p->q,     p->k,    p->v,    p->dout, p->r.out,   p->r.lse,    p->r.F,
-                            p->r.dq,  p->r.dk, p->r.dv, p->r.carry, p->r.m_max, p->r.dcarry };
+    double *const all[] = { p->q,    p->k,    p->v,    p->dout,    p->r.out,   p->r.lse,    p->r.F,        p->sel_q,
+                            p->r.dq, p->r.dk, p->r.dv, p->r.carry, p->r.m_max, p->r.dcarry, p->r.dsel_q, p->sel_k,
+                            p->r.dsel_k };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
     free(p->r.m_row);
 }
 
-/* Runs the reference on q, k, v, dout. */
+/* Runs the reference on q, k, v, dout, sel_q and sel_k. */
 static void problem_solve(problem *p)
 {
-    const sel_ref_attention *a = &p->a;
-    const int64_t nq = q_count(p) * 8, nk = k_count(p) * 8, columns = a->B * a->N * 8;
+    sel_ref_attention *const a = &p->a;
+    const int64_t nq = q_count(p) * 8, nk = k_count(p) * 8, ns = sel_count(p) * 8, columns = a->B * a->N * 8;
+    a->sel_q = p->sel_q;
+    a->sel_k = p->sel_k;
     p->r = (sel_ref_results){ .out = room(nq), .lse = room(columns * a->H), .F = room(columns * a->N),
                               .carry = room(columns), .m_max = room(a->B * 8), .m_row = room(a->B * 8),
                               .dout = p->dout, .dq = room(nq), .dk = room(nk), .dv = room(nk),
-                              .dcarry = room(columns) };
+                              .dcarry = room(columns), .dsel_q = room(ns), .dsel_k = room(ns) };
     memset(p->r.dcarry, 0, (size_t)columns);
     sel_ref_attend(a, p->q, p->k, p->v, &p->r);
     p->scale = 1.0;
@@ -137,23 +129,25 @@ static bool near_memory_kink(const problem *p)
     return false;
 }
 
-static problem problem_new(const sel_ref_attention *a, int s, double deviation, uint64_t seed)
+typedef enum { HEAD0, BILINEAR } selection_source;
+
+static problem problem_new(const sel_ref_attention *a, int s, selection_source source, double deviation, uint64_t seed)
 {
     problem p = { .a = *a };
-    p.a.selective = switches[s].selective;
-    p.a.relu = switches[s].relu;
-    p.a.protect_bos = switches[s].protect_bos;
-    p.a.protect_self = switches[s].protect_self;
-    p.a.shift = switches[s].shift;
+    const bool bilinear = source == BILINEAR && switches[s].selective;
+    switches_set(&p.a, s);
     if (!p.a.selective || a->window) p.a.tau = 0.0;   /* equation 2 counts tokens that no window hides */
     p.a.memory_coef = p.a.tau > 0.0 ? 0.25 : 0.0;
-    snprintf(p.name, sizeof p.name, "%s%s, B %d H %d/%d N %d dh %d window %d tau %g", bfloat16 ? "bfloat16 " : "",
-             switches[s].name, (int)a->B, (int)a->H, (int)a->Hkv, (int)a->N, (int)a->dh, (int)a->window, p.a.tau);
+    snprintf(p.name, sizeof p.name, "%s%s%s, B %d H %d/%d N %d dh %d window %d tau %g", bfloat16 ? "bfloat16 " : "",
+             switches[s].name, bilinear ? ", bilinear" : "", (int)a->B, (int)a->H, (int)a->Hkv, (int)a->N, (int)a->dh,
+             (int)a->window, p.a.tau);
     for (random_seed(seed);; problem_free(&p)) {
         p.q = float_normals(q_count(&p), deviation);
         p.k = float_normals(k_count(&p), 1.0);
         p.v = float_normals(k_count(&p), 1.0);
         p.dout = float_normals(q_count(&p), 1.0);
+        p.sel_q = bilinear ? float_normals(a->B * a->N * a->dh, deviation) : NULL;
+        p.sel_k = bilinear ? float_normals(a->B * a->N * a->dh, 1.0) : NULL;
         if (p.a.selective && p.a.relu) avoid_kinks(&p);
         problem_solve(&p);
         if (!near_memory_kink(&p)) return p;
@@ -209,58 +203,68 @@ static void tensor_write(const tensor *t, const double *x)
                 t->x[b * t->seq + i * t->row + d] = (float)x[(b * t->N + i) * t->width + d];
 }
 
-/* How q, k, v, out and the gradients lie in memory. */
+/* How q, k, v, out, sel_q, sel_k and the gradients lie in memory. */
 typedef enum { APART, PACKED } arrangement;
 
-typedef struct {
-    field fields[4];
-    tensor q, k, v, o;
-} quartet;
+enum { FIELDS = 6 };
 
-/* Rows [i0, i1) of q and out, keys [0, i1) of k and v (or the gradients of these): each in a block of its own
-   size, or q, k, v interleaved by token with gaps between tokens and sequences, at an odd address. */
-static quartet quartet_new(const problem *p, arrangement how, int64_t i0, int64_t i1, float fill, float fill_out)
+typedef struct {
+    field fields[FIELDS];
+    tensor q, k, v, o, sel_q, sel_k;   /* the last two of width 0 where head 0 selects */
+} arrays;
+
+/* Rows [i0, i1) of q, sel_q and out, keys [0, i1) of k, v and sel_k (or the gradients of these): each in a block of its
+   own size, or all but out interleaved by token with gaps between tokens and sequences, at an odd address. */
+static arrays arrays_new(const problem *p, arrangement how, int64_t i0, int64_t i1, float fill, float fill_out)
 {
-    const int64_t B = p->a.B, n = i1 - i0, Q = p->a.H * p->a.dh, K = p->a.Hkv * p->a.dh;
-    quartet t;
+    const int64_t B = p->a.B, n = i1 - i0, Q = p->a.H * p->a.dh, K = p->a.Hkv * p->a.dh, W = p->sel_q ? p->a.dh : 0;
+    arrays t;
     if (how == APART) {
         t.fields[0] = field_new(B * n * Q, fill);
         t.fields[1] = field_new(B * i1 * K, fill);
         t.fields[2] = field_new(B * i1 * K, fill);
         t.fields[3] = field_new(B * n * Q, fill_out);
+        t.fields[4] = field_new(B * n * W, fill);
+        t.fields[5] = field_new(B * i1 * W, fill);
         t.q = field_place(&t.fields[0], 0, B, n, Q, n * Q, Q);
         t.k = field_place(&t.fields[1], 0, B, i1, K, i1 * K, K);
         t.v = field_place(&t.fields[2], 0, B, i1, K, i1 * K, K);
         t.o = field_place(&t.fields[3], 0, B, n, Q, n * Q, Q);
+        t.sel_q = field_place(&t.fields[4], 0, B, n, W, n * W, W);
+        t.sel_k = field_place(&t.fields[5], 0, B, i1, W, i1 * W, W);
         return t;
     }
-    const int64_t row = Q + 2 * K + 3, seq = i1 * row + 7, o_row = Q + 5, o_seq = n * o_row + 2;
+    const int64_t row = Q + 2 * K + 2 * W + 3, seq = i1 * row + 7, o_row = Q + 5, o_seq = n * o_row + 2;
     t.fields[0] = field_new(1 + B * seq, fill);
     t.fields[1] = field_new(0, fill);
     t.fields[2] = field_new(0, fill);
     t.fields[3] = field_new(3 + B * o_seq, fill_out);
+    t.fields[4] = field_new(0, fill);
+    t.fields[5] = field_new(0, fill);
     t.q = field_place(&t.fields[0], 1 + i0 * row, B, n, Q, seq, row);
     t.k = field_place(&t.fields[0], 1 + Q, B, i1, K, seq, row);
     t.v = field_place(&t.fields[0], 1 + Q + K, B, i1, K, seq, row);
     t.o = field_place(&t.fields[3], 3, B, n, Q, o_seq, o_row);
+    t.sel_q = field_place(&t.fields[0], 1 + Q + 2 * K + i0 * row, B, n, W, seq, row);
+    t.sel_k = field_place(&t.fields[0], 1 + Q + 2 * K + W, B, i1, W, seq, row);
     return t;
 }
 
-static void quartet_free(quartet *t)
+static void arrays_free(arrays *t)
 {
-    for (int i = 0; i < 4; i++) field_free(&t->fields[i]);
+    for (int i = 0; i < FIELDS; i++) field_free(&t->fields[i]);
 }
 
-static int64_t quartet_damage(const quartet *t)
+static int64_t arrays_damage(const arrays *t)
 {
     int64_t n = 0;
-    for (int i = 0; i < 4; i++) n += field_damage(&t->fields[i]);
+    for (int i = 0; i < FIELDS; i++) n += field_damage(&t->fields[i]);
     return n;
 }
 
 /* What the product made: contiguous, as the reference's. */
 typedef struct {
-    float *out, *lse, *dq, *dk, *dv, *carry, *dcarry;
+    float *out, *lse, *dq, *dk, *dv, *dsel_q, *dsel_k, *carry, *dcarry;
     double *m_max;
     int64_t *m_row;
     int64_t damage;
@@ -268,11 +272,12 @@ typedef struct {
 
 static outcome outcome_new(const problem *p)
 {
-    const int64_t nq = q_count(p) * 4, nk = k_count(p) * 4, columns = p->a.B * p->a.N * 4;
-    outcome o = { room(nq), room(columns * p->a.H), room(nq), room(nk), room(nk), room(columns), room(columns),
-                  room(p->a.B * 8), room(p->a.B * 8), 0 };
+    const int64_t nq = q_count(p) * 4, nk = k_count(p) * 4, ns = sel_count(p) * 4, columns = p->a.B * p->a.N * 4;
+    outcome o = { room(nq), room(columns * p->a.H), room(nq), room(nk), room(nk), room(ns), room(ns), room(columns),
+                  room(columns), room(p->a.B * 8), room(p->a.B * 8), 0 };
     memset(o.dk, 0, (size_t)nk);
     memset(o.dv, 0, (size_t)nk);
+    memset(o.dsel_k, 0, (size_t)ns);
     memset(o.carry, 0xff, (size_t)columns);       /* NaN: only what a call has written may be read */
     memset(o.dcarry, 0xff, (size_t)columns);
     for (int64_t b = 0; b < p->a.B; b++) {
@@ -284,7 +289,7 @@ static outcome outcome_new(const problem *p)
 
 static void outcome_free(outcome *o)
 {
-    float *const all[] = { o->out, o->lse, o->dq, o->dk, o->dv, o->carry, o->dcarry };
+    float *const all[] = { o->out, o->lse, o->dq, o->dk, o->dv, o->dsel_q, o->dsel_k, o->carry, o->dcarry };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
     free(o->m_max);
     free(o->m_row);
@@ -317,7 +322,7 @@ typedef struct {
     float *lse, *saved, *carry_in;
 } piece;
 
-static piece piece_forward(const problem *p, const sel_ops *ops, const quartet *in, int threads, int64_t i0,
+static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *in, int threads, int64_t i0,
                            int64_t i1, outcome *o)
 {
     const int64_t B = p->a.B, N = p->a.N, H = p->a.H, n = i1 - i0;
@@ -336,6 +341,14 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const quartet *
                            .out = in->o.x + i0 * in->o.row, .out_seq = in->o.seq, .out_row = in->o.row,
                            .lse = c.lse, .carry_in = i0 ? c.carry_in : NULL, .carry_out = o->carry, .carry_seq = N,
                            .saved = c.saved, .tau = p->a.tau, .m_max = m_max, .m_row = m_row, .threads = threads };
+    if (p->sel_q) {
+        c.a.sel_q = in->sel_q.x + i0 * in->sel_q.row;
+        c.a.sel_q_seq = in->sel_q.seq;
+        c.a.sel_q_row = in->sel_q.row;
+        c.a.sel_k = in->sel_k.x;
+        c.a.sel_k_seq = in->sel_k.seq;
+        c.a.sel_k_row = in->sel_k.row;
+    }
     if (i0 % 2) c.a.carry_in = o->carry;      /* in place */
     c.a.workspace = workspace_new(&c.a, false);
     ops->attention_forward(&c.a);
@@ -355,11 +368,18 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const quartet *
     return c;
 }
 
+static void piece_free(piece *c)
+{
+    free(c->lse);
+    free(c->saved);
+    free(c->carry_in);
+}
+
 static void piece_backward(const problem *p, const sel_ops *ops, piece *c, const tensor *dout, arrangement how,
                            outcome *o)
 {
     const int64_t B = p->a.B, N = p->a.N;
-    quartet g = quartet_new(p, how, c->a.i0, c->a.i1, RIM, RIM);
+    arrays g = arrays_new(p, how, c->a.i0, c->a.i1, RIM, RIM);
     float *before = room(B * N * 4);
     memcpy(before, o->dcarry, (size_t)(B * N) * 4);
     const bool last = c->a.i1 == N, in_place = c->a.i0 % 2;
@@ -367,6 +387,8 @@ static void piece_backward(const problem *p, const sel_ops *ops, piece *c, const
                                       .dq = g.q.x, .dq_seq = g.q.seq, .dq_row = g.q.row,
                                       .dk = g.k.x, .dk_seq = g.k.seq, .dk_row = g.k.row,
                                       .dv = g.v.x, .dv_seq = g.v.seq, .dv_row = g.v.row,
+                                      .dsel_q = g.sel_q.x, .dsel_q_seq = g.sel_q.seq, .dsel_q_row = g.sel_q.row,
+                                      .dsel_k = g.sel_k.x, .dsel_k_seq = g.sel_k.seq, .dsel_k_row = g.sel_k.row,
                                       .dcarry_in = last ? NULL : in_place ? o->dcarry : before,
                                       .dcarry_out = o->dcarry,
                                       .memory_coef = (float)p->a.memory_coef };
@@ -378,34 +400,36 @@ static void piece_backward(const problem *p, const sel_ops *ops, piece *c, const
     tensor_read(&g.q, o->dq, N, c->a.i0, false);
     tensor_read(&g.k, o->dk, N, 0, true);
     tensor_read(&g.v, o->dv, N, 0, true);
-    o->damage += quartet_damage(&g);
-    quartet_free(&g);
+    tensor_read(&g.sel_q, o->dsel_q, N, c->a.i0, false);
+    tensor_read(&g.sel_k, o->dsel_k, N, 0, true);
+    o->damage += arrays_damage(&g);
+    arrays_free(&g);
     free(before);
 }
 
 /* The product on a problem, rows cut at cuts[0] = 0 < cuts[1] < ... < cuts[n] = N. */
 static outcome run(const problem *p, const sel_ops *ops, int threads, arrangement how, const int64_t *cuts, int n)
 {
-    quartet in = quartet_new(p, how, 0, p->a.N, NAN, RIM), d = quartet_new(p, how, 0, p->a.N, NAN, NAN);
+    arrays in = arrays_new(p, how, 0, p->a.N, NAN, RIM), d = arrays_new(p, how, 0, p->a.N, NAN, NAN);
     outcome o = outcome_new(p);
     piece *pieces = room(n * (int64_t)sizeof *pieces);
     tensor_write(&in.q, p->q);
     tensor_write(&in.k, p->k);
     tensor_write(&in.v, p->v);
     tensor_write(&d.o, p->dout);
+    tensor_write(&in.sel_q, p->sel_q);
+    tensor_write(&in.sel_k, p->sel_k);
 
     for (int c = 0; c < n; c++) pieces[c] = piece_forward(p, ops, &in, threads, cuts[c], cuts[c + 1], &o);
     tensor_read(&in.o, o.out, p->a.N, 0, false);
     o.damage += field_damage(&in.fields[3]);
     for (int c = n - 1; c >= 0; c--) {
         piece_backward(p, ops, &pieces[c], &d.o, how, &o);
-        free(pieces[c].lse);
-        free(pieces[c].saved);
-        free(pieces[c].carry_in);
+        piece_free(&pieces[c]);
     }
     free(pieces);
-    quartet_free(&in);
-    quartet_free(&d);
+    arrays_free(&in);
+    arrays_free(&d);
     return o;
 }
 
@@ -430,15 +454,22 @@ static double allowed(const problem *p, quantity kind, double size, double outpu
     return limit;
 }
 
-static void check_near(const problem *p, const sel_ops *ops, const char *how, const char *what, quantity kind,
-                       const float *x, const double *y, int64_t n)
+/* size: what errors are relative to, mostly y's norm. */
+static void check_error(const problem *p, const sel_ops *ops, const char *how, const char *what, quantity kind,
+                        const float *x, const double *y, int64_t n, double size)
 {
-    const double size = norm(y, n), output = norm(p->dout, q_count(p)), error = distance(x, y, n);
+    const double output = norm(p->dout, q_count(p)), error = distance(x, y, n);
     const bool absent = p->a.N == 1 || size < 1e-9 * output;
     const double limit = allowed(p, kind, size, output, n);
     CHECK(error <= limit, "%s, %s, %s: %s: error %.3g of %s %.3g", sel_cpu_level_name(ops->level), p->name, how, what,
           error / (absent ? output : size), absent ? "|dO|" : "norm", absent ? output : size);
     if (!absent && limit > 0.0) worst[bfloat16] = fmax(worst[bfloat16], error / limit);
+}
+
+static void check_near(const problem *p, const sel_ops *ops, const char *how, const char *what, quantity kind,
+                       const float *x, const double *y, int64_t n)
+{
+    check_error(p, ops, how, what, kind, x, y, n, norm(y, n));
 }
 
 static void check_outcome(const problem *p, const sel_ops *ops, const char *how, const outcome *o)
@@ -454,6 +485,14 @@ static void check_outcome(const problem *p, const sel_ops *ops, const char *how,
     if (!a->selective) return;
     check_near(p, ops, how, "carry", SUM, o->carry, p->r.carry, a->B * a->N);
     check_near(p, ops, how, "dcarry", PRODUCT, o->dcarry, p->r.dcarry, a->B * a->N);
+    if (p->sel_q) {
+        /* dF is a sum over heads that cancels where rows are few: no smaller than a head's dq or dk. */
+        const double dsel_q = norm(p->r.dsel_q, sel_count(p)), dsel_k = norm(p->r.dsel_k, sel_count(p));
+        const double dq = norm(p->r.dq, q_count(p)) / sqrt((double)a->H);
+        const double dk = norm(p->r.dk, k_count(p)) / sqrt((double)a->Hkv);
+        check_error(p, ops, how, "dsel_q", PRODUCT, o->dsel_q, p->r.dsel_q, sel_count(p), fmax(dsel_q, dq));
+        check_error(p, ops, how, "dsel_k", PRODUCT, o->dsel_k, p->r.dsel_k, sel_count(p), fmax(dsel_k, dk));
+    }
     for (int64_t b = 0; a->tau > 0.0 && b < a->B; b++) {
         CHECK(o->m_row[b] == p->r.m_row[b], "%s, %s, %s: sequence %d: memory row %lld, not %lld",
               sel_cpu_level_name(ops->level), p->name, how, (int)b, (long long)o->m_row[b], (long long)p->r.m_row[b]);
@@ -469,11 +508,11 @@ static double farthest;   /* of two kernels from each other, over the bound */
 /* With bfloat16 operands all kernels round the same values: they are nearer to each other than to the reference. */
 static void check_agree(const problem *p, const sel_ops *ops, const outcome *o, const outcome *first)
 {
-    const float *const x[] = { o->out, o->dq, o->dk, o->dv };
-    const float *const y[] = { first->out, first->dq, first->dk, first->dv };
-    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p) };
+    const float *const x[] = { o->out, o->dq, o->dk, o->dv, o->dsel_q, o->dsel_k };
+    const float *const y[] = { first->out, first->dq, first->dk, first->dv, first->dsel_q, first->dsel_k };
+    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p), sel_count(p), sel_count(p) };
     const double output = norm(p->dout, q_count(p));
-    for (int c = 0; c < 4; c++) {
+    for (int c = 0; c < 6; c++) {
         double difference = 0.0, size = 0.0;
         for (int64_t i = 0; i < counts[c]; i++) {
             difference += ((double)x[c][i] - (double)y[c][i]) * ((double)x[c][i] - (double)y[c][i]);
@@ -483,7 +522,7 @@ static void check_agree(const problem *p, const sel_ops *ops, const outcome *o, 
         const double limit = bound * sqrt(size) + EXP_BF16 * output * (p->a.N == 1);
         CHECK(sqrt(difference) <= limit, "%s, %s: result %d is %.3g from that of %s", sel_cpu_level_name(ops->level),
               p->name, c, sqrt(difference / size), sel_cpu_level_name(tables[0].level));
-        if (p->a.N > 1) farthest = fmax(farthest, sqrt(difference) / limit);
+        if (p->a.N > 1 && limit > 0.0) farthest = fmax(farthest, sqrt(difference) / limit);
     }
 }
 

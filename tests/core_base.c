@@ -16,6 +16,7 @@
 #include "core/base/fault.h"
 #include "core/base/file.h"
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "core/base/rng.h"
 #include "tests/check.h"
 
@@ -393,8 +394,8 @@ static void test_fault(void)
     CHECK(!sel_fault("forward", 3, "enospc") && !sel_fault("forward", 3, NULL) && !sel_fault("forward", 2, "nan"),
           "early");
     CHECK(sel_fault("forward", 3, "nan"), "due");
-    CHECK(!sel_fault("forward", 3, "nan"), "once");
-    CHECK(sel_fault("save", 2, "enospc"), "due");
+    CHECK(sel_fault("forward", 3, "nan"), "a number that is not one comes again when its step does");
+    CHECK(sel_fault("save", 2, "enospc") && !sel_fault("save", 2, "enospc"), "once");
     CHECK_OK(sel_fault_init(2));
     CHECK(!sel_fault("save", 2, "enospc"), "of another rank");
     unsetenv("SELECTRA_FAULT");
@@ -409,6 +410,32 @@ static void test_fault(void)
     CHECK(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP, "status %x", (unsigned)status);
     status = child_status("0:forward:3:kill", false);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "status %x", (unsigned)status);
+}
+
+static void test_pulse(void)
+{
+    static sel_pulse shared; /* zero */
+    sel_pulse_view before, now;
+
+    sel_pulse_phase("forward", 7);
+    sel_pulse_enter("agree");
+    sel_pulse_move(&shared);
+    sel_pulse_read(&shared, &before);
+    CHECK(strcmp(before.phase, "forward") == 0 && before.step == 7 && strcmp(before.collective, "agree") == 0 &&
+          before.position % 2 == 1, "what was marked before goes along: %s %s", before.phase, before.collective);
+    sel_pulse_leave();
+    sel_pulse_read(&shared, &now);
+    CHECK(now.position == before.position + 1 && now.marks > before.marks && now.when >= before.when, "left");
+    sel_pulse_leave(); /* without an enter it counts as one more */
+    sel_pulse_enter("a collective of a very long name");
+    sel_pulse_phase("backward", -1);
+    sel_pulse_read(&shared, &now);
+    CHECK(now.position == before.position + 4 && now.step == 7 && strcmp(now.phase, "backward") == 0, "%s", now.phase);
+    CHECK(strcmp(now.collective, "a collective of a very ") == 0, "%s", now.collective);
+    sel_pulse_move(NULL);
+    sel_pulse_tick();
+    sel_pulse_read(&shared, &before);
+    CHECK(before.marks == now.marks, "the old place is no longer written");
 }
 
 int main(void)
@@ -427,6 +454,7 @@ int main(void)
     test_crc(dir);
     test_clock();
     test_fault();
+    test_pulse();
     CHECK_OK(sel_remove_tree(dir));
     CHECK(!sel_path_exists(dir), "%s is left", dir);
     return check_verdict();

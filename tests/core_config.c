@@ -82,6 +82,10 @@ static void test_sizes(void)
     refused("model: {d: 4, kv_heads: 8}", NULL, "run.yaml:1: model.heads (4) must be a multiple of model.kv_heads (8)");
     refused("model: {d: 4}\nattention:\n  kind: standard\n  memory_loss: {epsilon: 0.1}\n", NULL,
             "run.yaml:4: attention.memory_loss.epsilon (0.1) needs attention.kind selective, not standard");
+    refused("model: {d: 4}\nattention:\n  selection: {source: bilinear}\n  kind: standard\n", NULL,
+            "run.yaml:4: attention.selection.source bilinear needs attention.kind selective, not standard");
+    refused("model: {d: 4}", "attention.selection.source=head1",
+            "command line: attention.selection.source=head1: expected one of head0, bilinear, got \"head1\"");
     refused(
         "model: {d: 4}\ntrain:\n  steps: 1e12\n  batch: 16000000\n", NULL,
         "run.yaml:4: train.steps (1000000000000) times train.batch (16000000) times model.context (512) is more than "
@@ -269,14 +273,11 @@ static void test_values(void)
     } later[] = {
         {"attention.kind=local", "one of selective, standard"},
         {"attention.kind=local_global", "one of selective, standard"},
-        {"attention.selection.source=bilinear", "head0"},
         {"attention.dead_keys=exact", "off"},
         {"checkpoint.async=true", "false"},
-        {"dist.on_nan=skip", "stop"},
         {"dist.zero=1", "the integer 0"},
         {"dist.virtual_ranks=8", "the integer 0"},
         {"dist.mesh.sequence=2", "the integer 1"},
-        {"dist.watchdog_seconds=60", "the integer 0"},
     };
     for (size_t i = 0; i < sizeof later / sizeof *later; i++) {
         char line[256];
@@ -351,7 +352,7 @@ static const char full_file[] =
     "train: {steps: 1e4, batch: 64, micro_batch: 8, lr: 3e-3, warmup: 100, beta1: 0.95, beta2: 0.99,\n"
     "        adam_epsilon: 1e-9, weight_decay: .01, clip: 0, precision: float32, log_every: 1}\n"
     "checkpoint: {every: 500, every_minutes: 7.5, keep: 2, async: false}\n"
-    "dist:\n  mesh: {data: auto, sequence: 1}\n  on_nan: stop\n"
+    "dist:\n  mesh: {data: auto, sequence: 1}\n  on_nan: skip\n  nan_rollback: 7\n  watchdog_seconds: 20\n"
     "compute: {threads: 2, linear_backend: openblas, cpu: avx2}\n";
 
 static void test_emit(void)
@@ -361,6 +362,8 @@ static void test_emit(void)
     CHECK_OK(parse(full_file, NULL));
     CHECK(config.train.lr == 3e-3 && config.train.clip == 0 && config.checkpoint.every_minutes == 7.5, "numbers");
     CHECK(config.compute.linear_backend == SEL_BACKEND_OPENBLAS && strcmp(config.compute.cpu, "avx2") == 0, "choices");
+    CHECK(config.dist.on_nan == SEL_ON_NAN_SKIP && config.dist.nan_rollback == 7 && config.dist.watchdog_seconds == 20 &&
+          config.run.restarts == 3, "failures");
     same_again("full file");
     CHECK_OK(parse("model.d: 4\ncompute: {linear_backend: auto, linear_choice: 'qkv=mmi,o_proj=mbm'}\n", NULL));
     CHECK(config.compute.linear_backend == SEL_BACKEND_AUTO &&
@@ -475,6 +478,13 @@ static void test_same_model(void)
     other = config;
     CHECK_OK(parse("model: {width: 128, layers: 2, heads: 2}", NULL));
     CHECK_OK(sel_config_same_model(&other, &config));
+
+    CHECK(config.attention.selection.source == SEL_SOURCE_HEAD0, "head 0 selects unless told otherwise");
+    CHECK_OK(parse("model.d: 2", "attention.selection.source=bilinear"));
+    CHECK(config.attention.selection.source == SEL_SOURCE_BILINEAR, "bilinear");
+    CHECK(sel_config_same_model(&other, &config) == SEL_EUSER, "source");
+    CHECK(strcmp(sel_error(), "the model is not the checkpoint's: attention.selection.source: head0 -> bilinear") == 0,
+          "%s", sel_error());
 }
 
 static void test_distance(void)

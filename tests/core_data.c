@@ -223,7 +223,7 @@ static void check_stream(const char *dir)
     while (sel_documents_next(d, &text, &bytes) == SEL_OK && text) {
         CHECK_OK(sel_tokenizer_encode(tokenizer, text, bytes, &ids, &n, &capacity));
         for (size_t i = 0; i <= n && at < sel_corpus_tokens(c); i++, at++) {
-            sel_corpus_window(c, 1, at, two);
+            CHECK_OK(sel_corpus_window(c, 1, at, two, NULL));
             if (two[1] != (i < n ? ids[i] : sel_tokenizer_eos(tokenizer))) {
                 CHECK(false, "document %" PRId64 ", token %zu is %d", documents, i, two[1]);
                 break;
@@ -370,7 +370,8 @@ static void test_pack(void)
     int32_t window[5];
     CHECK_OK(sel_corpus_open(&c, wide));
     if (c) {
-        const int64_t n = sel_corpus_window(c, 4, 0, window);
+        int64_t n;
+        CHECK_OK(sel_corpus_window(c, 4, 0, window, &n));
         CHECK(n == 4 && window[0] == 1 && window[1] == 4 + 69999 && window[2] == 3 && window[3] == 4 && window[4] == 2,
               "%d %d %d %d", window[0], window[1], window[2], window[3]);
         CHECK_OK(sel_corpus_verify(c));
@@ -394,7 +395,7 @@ static void test_windows(void)
     int32_t *stream = malloc((size_t)T * sizeof *stream), *out = malloc((size_t)(T + 2) * sizeof *out), two[2];
 
     for (int64_t i = 0; i < T; i++) {
-        sel_corpus_window(c, 1, i, two);
+        CHECK_OK(sel_corpus_window(c, 1, i, two, NULL));
         stream[i] = two[1];
     }
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
@@ -403,7 +404,8 @@ static void test_windows(void)
               tail);
         int64_t wrong = 0;
         for (int64_t w = 0; w <= windows; w++) {
-            const int64_t n = sel_corpus_window(c, N, w, out);
+            int64_t n = 0;
+            wrong += sel_corpus_window(c, N, w, out, &n) != SEL_OK;
             wrong += n != (w < windows ? N : tail) || out[0] != 1;
             for (int64_t i = 0; i < N; i++) wrong += out[1 + i] != (i < n ? stream[w * N + i] : -1);
         }

@@ -33,9 +33,9 @@ static void table_8(void)
     }
 }
 
-static void places(void)
+static void places(bool bilinear)
 {
-    const sel_dims d = { .V = 11, .N = 7, .D = 10, .L = 2, .H = 4, .Hkv = 2, .dh = 3, .F = 13 };
+    const sel_dims d = { .V = 11, .N = 7, .D = 10, .L = 2, .H = 4, .Hkv = 2, .dh = 3, .F = 13, .bilinear = bilinear };
     sel_layout *l;
     CHECK_OK(sel_layout_new(&l, &d));
     int64_t end = 0, sum = 0;
@@ -48,7 +48,7 @@ static void places(void)
         sum += t->count;
     }
     CHECK(end <= l->total && sum == l->parameters, "total %lld", (long long)l->total);
-    CHECK(l->n_tensors == 4 + 11 * 2, "%d tensors", l->n_tensors);
+    CHECK(l->n_tensors == 4 + (bilinear ? 13 : 11) * 2, "%d tensors", l->n_tensors);
     for (int i = 0; i < 2; i++) {
         char name[64];
         const int64_t q = l->layers[i].qkv, g = l->layers[i].gate_up;
@@ -56,6 +56,13 @@ static void places(void)
         CHECK(sel_layout_find(l, name)->offset == q + 4 * 3 * 10, "k follows q");
         snprintf(name, sizeof name, "layers.%d.attn.v_proj.weight", i);
         CHECK(sel_layout_find(l, name)->offset == q + 6 * 3 * 10, "v follows k");
+        for (int k = 0; k < 2; k++) {
+            snprintf(name, sizeof name, "layers.%d.attn.sel_%c.weight", i, "qk"[k]);
+            const sel_tensor *t = sel_layout_find(l, name);
+            CHECK((t != NULL) == bilinear, "%s: there", name);
+            CHECK(!t || (t->offset == q + (8 + k) * 3 * 10 && t->shape[0] == 3 && t->shape[1] == 10 && t->decay),
+                  "%s: [dh][D] after v, decayed", name);
+        }
         snprintf(name, sizeof name, "layers.%d.ffn.up_proj.weight", i);
         CHECK(sel_layout_find(l, name)->offset == g + 13 * 10, "up follows gate");
     }
@@ -65,8 +72,9 @@ static void places(void)
 
 static void initial_values(void)
 {
-    const sel_dims d = paper(2);
+    sel_dims d = paper(2);
     sel_layout *l;
+    d.bilinear = true;
     CHECK_OK(sel_layout_new(&l, &d));
     float *a = sel_alloc((size_t)l->total * 4, "a"), *b = sel_alloc((size_t)l->total * 4, "b");
     sel_layout_init_params(l, 7, a, 1);
@@ -101,7 +109,8 @@ static void initial_values(void)
 int main(void)
 {
     table_8();
-    places();
+    places(false);
+    places(true);
     initial_values();
     return check_verdict();
 }

@@ -7,28 +7,9 @@
 #include <unistd.h>
 
 #include "core/run/run.h"
-#include "tests/check.h"
-
-static char root[256]; /* of all files of this test */
-
-/* "DIR/NAME".  Each path is kept once, to the end of the test. */
-static const char *path_of(const char *dir, const char *name)
-{
-    static char paths[16][1024];
-    static int n;
-
-    if (n == 16) abort();
-    snprintf(paths[n], sizeof paths[n], "%.500s/%.500s", dir, name);
-    return paths[n++];
-}
+#include "tests/folder.h"
 
 static const char config[] = "model:\n  d: 1\n# \"quoted\", caf\xc3\xa9\n";
-
-static void put(const char *path, const char *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes && fclose(f) == 0, "%s", path);
-}
 
 /* What another process gets when it opens the run folder. */
 static int open_elsewhere(const char *dir, const char *expected)
@@ -46,7 +27,7 @@ static int open_elsewhere(const char *dir, const char *expected)
 
 static void test_run_folder(void)
 {
-    const char *dir = path_of(root, "run/of/mine");
+    const char *dir = in_folder("run/of/mine");
     char who[64], *text;
     size_t bytes;
     sel_run *r;
@@ -59,7 +40,7 @@ static void test_run_folder(void)
     CHECK_OK(sel_run_open(&r, dir));
     CHECK_OK(sel_run_write_config(r, "a: 1\n"));
     CHECK_OK(sel_run_write_config(r, config));
-    CHECK_OK(sel_read_file(path_of(dir, "config.yaml"), &text, &bytes));
+    CHECK_OK(sel_read_file(in_folder("run/of/mine/config.yaml"), &text, &bytes));
     CHECK(strcmp(text, config) == 0, "%s", text);
     free(text);
 
@@ -99,7 +80,7 @@ static void test_run_folder(void)
         "\"tokens_per_second\":1,\"mfu\":0.5,\"seconds\":0.001,\"val_loss\":3.25,\"val_tokens\":99}\n"
         "{\"step\":3,\"tokens\":7,\"val_loss\":2.5,\"val_tokens\":1}\n"
         "{\"step\":4,\"event\":\"saved \\\"x\\\"\\n\"}\n";
-    const char *metrics = path_of(dir, "metrics.jsonl"), *cut = path_of(dir, "metrics.cut.jsonl");
+    const char *metrics = in_folder("run/of/mine/metrics.jsonl"), *cut = in_folder("run/of/mine/metrics.cut.jsonl");
     CHECK_OK(sel_read_file(metrics, &text, &bytes));
     CHECK(strcmp(text, rows) == 0, "%s", text);
     free(text);
@@ -143,7 +124,7 @@ static void test_run_folder(void)
     setenv("OMP_NUM_THREADS", "1", 1);
     setenv("SLURM_JWT", "hidden-credential", 1);
     setenv("OTHER_SETTING", "unrelated-value", 1);
-    const char *path = path_of(dir, "provenance.json");
+    const char *path = in_folder("run/of/mine/provenance.json");
     CHECK_OK(sel_run_provenance(r, &p));
     CHECK_OK(sel_run_provenance(r, &p));
     CHECK_OK(sel_read_file(path, &text, &bytes));
@@ -158,7 +139,7 @@ static void test_run_folder(void)
     put(path, text, bytes / 2);
     free(text);
     CHECK_OK(sel_run_provenance(r, &p));
-    CHECK(sel_path_exists(path_of(dir, "provenance.json.damaged")), "the damaged one is gone");
+    CHECK(sel_path_exists(in_folder("run/of/mine/provenance.json.damaged")), "the damaged one is gone");
     CHECK_OK(sel_read_file(path, &text, &bytes));
     first = strstr(text, "\"time\"");
     CHECK(first && !strstr(first + 1, "\"time\""), "%s", text);
@@ -168,11 +149,8 @@ static void test_run_folder(void)
 
 int main(void)
 {
-    const char *tmp = getenv("TMPDIR");
-
-    snprintf(root, sizeof root, "%.200s/selectra-test-XXXXXX", tmp ? tmp : "/tmp");
-    CHECK(mkdtemp(root) != NULL, "%s", root);
+    make_folder();
     test_run_folder();
-    CHECK_OK(sel_remove_tree(root));
+    CHECK_OK(sel_remove_tree(folder));
     return check_verdict();
 }

@@ -3,34 +3,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/file.h"
 #include "core/base/rng.h"
 #include "core/checkpoint/safetensors.h"
-#include "tests/check.h"
-
-static char root[256]; /* of all files of this test */
-
-/* "DIR/NAME".  Each path is kept once, to the end of the test. */
-static const char *path_of(const char *dir, const char *name)
-{
-    static char paths[16][1024];
-    static int n;
-
-    if (n == 16) abort();
-    snprintf(paths[n], sizeof paths[n], "%.500s/%.500s", dir, name);
-    return paths[n++];
-}
-
-static void put(const char *path, const char *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes && fclose(f) == 0, "%s", path);
-}
+#include "tests/folder.h"
 
 /* Random damage to the header: an error, or an index that adds up; never a crash. */
 static void test_header_fuzz(void)
 {
-    const char *path = path_of(root, "fuzz.safetensors");
+    const char *path = in_folder("fuzz.safetensors");
     sel_st_entry entries[] = {{.name = "a", .rank = 2, .shape = {3, 5}},
                               {.name = "b\"\\\xc3\xa9", .rank = 1, .shape = {2}},
                               {.name = "c", .rank = 0}};
@@ -107,8 +87,8 @@ static void test_header_fuzz(void)
         CHECK(sel_st_read(&got, path) == SEL_EFILE && strstr(sel_error(), "fuzz.safetensors"), "%s: %s", wrong[i],
               sel_error());
     }
-    CHECK(sel_st_read(&got, path_of(root, "none")) == SEL_EUSER, "%s", sel_error());
-    CHECK(sel_st_read(&got, root) != SEL_OK, "a folder");
+    CHECK(sel_st_read(&got, in_folder("none")) == SEL_EUSER, "%s", sel_error());
+    CHECK(sel_st_read(&got, folder) != SEL_OK, "a folder");
 
     sel_st_index twice = {.entries = (sel_st_entry[]){{.name = "a", .rank = 0}, {.name = "a", .rank = 0}}, .n = 2};
     char *none = NULL;
@@ -120,11 +100,8 @@ static void test_header_fuzz(void)
 
 int main(void)
 {
-    const char *tmp = getenv("TMPDIR");
-
-    snprintf(root, sizeof root, "%.200s/selectra-test-XXXXXX", tmp ? tmp : "/tmp");
-    CHECK(mkdtemp(root) != NULL, "%s", root);
+    make_folder();
     test_header_fuzz();
-    CHECK_OK(sel_remove_tree(root));
+    CHECK_OK(sel_remove_tree(folder));
     return check_verdict();
 }

@@ -1,43 +1,14 @@
-/* data.h: what the tests of core/data share: a folder, files, made-up text, models. */
+/* data.h: what the tests of core/data share: files, made-up text, models. */
 #ifndef SEL_TESTS_DATA_H
 #define SEL_TESTS_DATA_H
 
 #include <stdbool.h>
 #include <stdint.h>
-#include <string.h>
-#include <unistd.h>
 #include <zlib.h>
 
-#include "core/base/file.h"
 #include "core/base/rng.h"
 #include "core/data/tokenizer.h"
-#include "tests/check.h"
-
-/* The test's own folder. */
-static char folder[64];
-
-static inline void make_folder(void)
-{
-    /* In memory where that is to be had: what is written here is synced often. */
-    static const char *const places[] = {"/dev/shm/selectra-test-XXXXXX", "/tmp/selectra-test-XXXXXX"};
-    for (int i = 0; i < 2; i++) {
-        snprintf(folder, sizeof folder, "%s", places[i]);
-        if (mkdtemp(folder)) return;
-    }
-    perror(folder);
-    exit(EXIT_FAILURE);
-}
-
-/* Paths in the test's folder, a few alive at a time. */
-static inline const char *in_folder(const char *name)
-{
-    static char paths[16][SEL_PATH_MAX];
-    static int next;
-    char *path = paths[next++ % 16];
-
-    snprintf(path, SEL_PATH_MAX, "%s/%s", folder, name);
-    return path;
-}
+#include "tests/folder.h"
 
 static inline bool says(const char *part) { return strstr(sel_error(), part) != NULL; }
 
@@ -48,15 +19,6 @@ static inline bool says(const char *part) { return strstr(sel_error(), part) != 
         CHECK(fails_rc_ == (status), "returned %d: %s", (int)fails_rc_, sel_error());                \
         CHECK(says(part), "expected \"%s\" in: %s", (part), sel_error());                            \
     } while (0)
-
-static inline void put(const char *path, const void *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
-    if (f) fclose(f);
-}
-
-static inline void put_text(const char *path, const char *text) { put(path, text, strlen(text)); }
 
 static inline void put_gz(const char *path, const char *text)
 {

@@ -12,6 +12,11 @@ trap '[ -z "$job" ] || kill -9 "$job" 2>/dev/null; cd /; rm -rf "$TEMP"' EXIT
 export OMP_WAIT_POLICY=passive   # cores may be shared with other tests
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
+# all_or_some N WORD...: all the words, or with SEL_TEST_QUICK (run.sh sets it under the sanitizers) the first N.
+all_or_some() {
+    if [ "${SEL_TEST_QUICK:-}" ]; then printf '%s\n' "${@:2:$1}"; else printf '%s\n' "${@:2}"; fi
+}
+
 # ---- verdicts
 
 checks=0 failures=0
@@ -148,12 +153,15 @@ ended() {
         return 1
     fi
     wait "$job" 2>/dev/null || status=$?
-    job=
+    job= ended_with=$status
     if [ "$1" = fail ] && [ $status -ne 0 ] || [ "$1" = "$status" ]; then pass; return 0; fi
     fail "the job ended with status $status, expected $1"
     tail -n 5 out err
     return 1
 }
+
+# seconds_since T: T as bash's EPOCHREALTIME has it.
+seconds_since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
 
 # ---- comparing runs
 

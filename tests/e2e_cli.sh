@@ -175,10 +175,57 @@ if cmp -s made read; then
     check "eval of the generated text agrees within 1e-4" awk '{ d = $1 - $2; if (!(d * d <= 1e-8)) exit 1 }' both
 fi
 
+# --- JSON stays JSON, the program's own `data pack` reads it: text cut within a character (at this temperature most tokens
+# are single bytes), and a loss whose exponential is no number.
+expect 0 selectra "${say[@]}" --temperature 1000 --top-p 1 --seed 5 --json
+cp out bytes.jsonl
+check "the text is UTF-8" iconv -f UTF-8 -t UTF-8 bytes.jsonl
+check "it has bytes that make no character" grep -q "$(printf '\357\277\275')" bytes.jsonl
+expect 0 selectra data pack --tokenizer tokenizer.model --output bytes bytes.jsonl
+expect 0 selectra "${say[@]}" --temperature 1000 --top-p 1 --seed 5
+check "so is the text for people" iconv -f UTF-8 -t UTF-8 out
+
+train wild train.lr=1000 train.warmup=0 train.batch=4
+SELECTRA_FAULT=0:forward:1:term expect 85 selectra "${arguments[@]}"
+expect 0 selectra eval wild --data valid --json
+check "the loss is a number, its exponential is null" grep -qE '"loss": ?[0-9]+(\.[0-9]+)?,.*"perplexity": ?null' out
+check "nothing is infinite or no number" awk '/inf|nan/ { exit 1 }' out
+sed 's/^{/{"text": "a", /' out >wild.jsonl
+expect 0 selectra data pack --tokenizer tokenizer.model --output wild.packed wild.jsonl
+
+# --- what was printed must have arrived
+# full COMMAND...: with a full disk behind its output it fails, and says so.
+full() {
+    local got=0
+    selectra "$@" >/dev/full 2>err || got=$?
+    if [ $got -eq 1 ]; then pass; else fail "status $got with a full disk: $*"; fi
+    said 'standard output.*No space left'
+}
+for form in --help --version version 'train --help' 'eval --help' 'tokenizer --help' \
+            'tokenizer encode --model tokenizer.model text' 'tokenizer decode --model tokenizer.model ids' \
+            'data info valid' 'data info valid --json' 'inspect run' 'inspect run --json' \
+            'eval run --data valid' 'eval run --data valid --json' \
+            'generate run --prompt x --tokens 5' 'generate run --prompt x --tokens 5 --json' \
+            'bench gemm --runs 1 --threads 1' 'bench gemm --runs 1 --threads 1 --json'; do
+    # shellcheck disable=SC2086
+    full $form
+done
+train run model.context=256 train.batch=4
+full data batch "${arguments[@]:1}" --step 3
+full data batch "${arguments[@]:1}" --step 3 --json
+train unseen train.batch=4 train.steps=2
+full "${arguments[@]}"
+check "a run that nobody sees is saved all the same" test -f "$(state unseen 2)/manifest.json"
+expect 1 selectra eval run --data valid --logprobs /dev/full
+said '/dev/full: writing failed'
+expect 1 selectra generate run --prompt x --tokens 5 --logprobs /dev/full
+said '/dev/full: writing failed'
+
 # Standard attention, and few kv-heads and odd sizes, decode alike too.
 for variant in 'attention.kind=standard' 'model.kv_heads=1 model.context=100 model.head_width=24' \
                'attention.selection.shift=false attention.selection.protect_self=false' \
-               'attention.selection.relu=false attention.selection.protect_bos=false'; do
+               'attention.selection.relu=false attention.selection.protect_bos=false' \
+               'attention.selection.source=bilinear model.kv_heads=1'; do
     rm -rf variant
     # shellcheck disable=SC2086
     train variant model.context=210 train.batch=4 train.steps=10 train.log_every=10 $variant
@@ -187,4 +234,19 @@ for variant in 'attention.kind=standard' 'model.kv_heads=1 model.context=100 mod
     expect 0 selectra generate variant --prompt "" --tokens 99 --temperature 1 --seed 3 --logprobs plain.jsonl --no-cache
     check "cache and no cache agree: $variant" agree cached.jsonl plain.jsonl 1
 done
+
+# The last of them has two tensors more a layer, and stays what it is.
+expect 0 selectra inspect variant --json
+for name in layers.0.attn.sel_q.weight layers.1.attn.sel_k.weight; do
+    check "inspect lists $name" grep -q "\"$name\"" out
+done
+with=$(number parameters out)
+expect 2 selectra "${arguments[@]}" attention.selection.source=head0
+said 'attention.selection.source: bilinear -> head0'
+train plain model.context=210 train.steps=0 model.kv_heads=1
+expect 0 selectra "${arguments[@]}"
+expect 0 selectra inspect plain --json
+check "2 dh D parameters more a layer" test "$with" -eq $(($(number parameters out) + 2 * 2 * 16 * 64))
+expect 2 selectra "${arguments[@]}" run.dir=other train.init_from=variant
+said 'train.init_from: not of this model: .*sel_[qk]'
 verdict

@@ -19,5 +19,6 @@ one_step selective
 one_step memory attention.memory_loss.epsilon=0.1 train.micro_batch=2
 one_step standard attention.kind=standard
 one_step odd model.width=40 model.heads=5 model.kv_heads=1 model.head_width=8 model.ffn_width=107 model.context=77
+one_step bilinear attention.selection.source=bilinear attention.memory_loss.epsilon=0.1 model.kv_heads=1
 one_step openblas compute.linear_backend=openblas
 verdict

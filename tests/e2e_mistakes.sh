@@ -110,12 +110,40 @@ wrong 2 'train.beta2'                              train.beta2=1.5
 wrong 2 'attention.kind.*selectve'                 attention.kind=selectve
 wrong 2 'dist.mesh.sequence'                       dist.mesh.sequence=2
 wrong 2 'dist.mesh.data.*7|mesh.*7'                dist.mesh.data=7
-wrong 2 'model.vocab'                              model.vocab=100
+wrong 2 'model.vocab: 399 .*400 pieces'            model.vocab=399
 wrong 2 'too few'                                  train.batch=50000
 train new train.batch=13
 expect 2 ranks 2 "${arguments[@]}"
 one_message 'train.batch.*13.*2'
 check "no run folder" test ! -e new
+
+# --- threads: what OpenMP would not give is refused, since work is dealt to the number that was asked for
+wrong 2 'compute.threads.*4096'                    compute.threads=4097
+wrong 2 'compute.threads'                          compute.threads=99999999999999999999
+OMP_THREAD_LIMIT=1 wrong 2 'OpenMP gives 1 of 2 threads.*OMP_THREAD_LIMIT=1' compute.threads=2
+
+# --- ranks that are not given the same
+# apart PATTERN KEY=VALUE KEY=VALUE: two ranks in folders of their own, the first with the one setting, the second with
+# the other.
+apart() {
+    train new data.validation=
+    expect 2 timeout -k 5 120 "$SOURCE/tests/mpirun.sh" -n 1 -wdir "$TEMP/first" "$SELECTRA" "${arguments[@]}" "$2" : \
+        -n 1 -wdir "$TEMP/second" "$SELECTRA" "${arguments[@]}" "$3"
+    one_message "$1"
+    check "no run folder" test ! -e first/new -a ! -e second/new
+}
+mkdir first second
+cp -r train first/train
+cp -r train second/train
+cp -r valid second/valid
+sentences 5 100 >others.jsonl
+expect 0 selectra data pack --tokenizer tokenizer.model --output first/valid others.jsonl
+apart 'data.validation: the ranks read different data'      data.validation=valid data.validation=valid
+apart 'different settings: train.lr: 0.001 -> 0.002'        train.lr=0.001 train.lr=0.002
+apart 'different settings: train.steps: 60 -> 61'           train.steps=60 train.steps=61
+rm -r first/train
+expect 0 selectra data pack --tokenizer tokenizer.model --output first/train train.jsonl others.jsonl
+apart 'data.train: the ranks read different data'           train.steps=60 train.steps=60
 
 # --- the processor
 SELECTRA_CPU=foo wrong 2 'SELECTRA_CPU.*foo|foo'
@@ -135,6 +163,12 @@ wrong 2 'other.*tokenizer'                         data.validation=other
 cp -r train damaged
 truncate -s -2 damaged/shard-00000.bin
 wrong 1 'damaged/shard-00000.bin'                  data.train=damaged
+cp -r train spoilt   # every id is 65535: found when a step reads it
+tr '\000-\377' '\377' <train/shard-00000.bin >spoilt/shard-00000.bin
+train spoilt.run data.train=spoilt
+expect 1 ranks 2 "${arguments[@]}"
+said 'step 1: spoilt/shard-00000.bin: token [0-9]+ is 65535, the vocabulary has 400'
+mistake 1 'spoilt/shard-00000.bin: token [0-9]+ is 65535' data batch "${arguments[@]:1}" --step 3
 
 mistake 2 'nowhere.txt'           data pack --tokenizer tokenizer.model --output packed nowhere.txt
 mistake 2 'nowhere.model'         data pack --tokenizer nowhere.model --output packed train.jsonl
@@ -195,6 +229,26 @@ train done train.steps=8 data.train=other data.validation=
 mistake 2 'corpus|tokenizer|vocab'                 "${arguments[@]}"
 check "the run was left alone" test "$(last_step done)" -eq 4
 
+# --- a run that another job is training: refused before anything of it is read, so that the other's model is no matter
+picture() { find busy -type f -exec cksum {} + | sort; find busy -type l -printf '%p %l\n'; }
+train busy train.steps=40
+SELECTRA_FAULT=0:forward:30:stop start 1 "${arguments[@]}"
+if wait_step busy 29; then pass; else fail "the run to be met did not reach step 29"; fi
+first=$(one_rank 0)
+for ((tries = 0; tries < 500; tries++)); do
+    grep -q '^State:.*stopped' "/proc/$first/status" && break
+    sleep 0.02
+done
+picture >before
+mistake 2 'busy: another job is using this run folder: process [0-9]+' "${arguments[@]}"
+train busy train.steps=40 model.width=128
+mistake 2 'busy: another job is using this run folder: process [0-9]+' "${arguments[@]}"
+picture >after
+check "the run that is being trained was left alone" cmp before after
+kill -CONT "$first"
+ended 0
+check "it went on to its end" test "$(last_step busy)" -eq 40
+
 # --- using a model
 mistake 2 'other.*tokenizer'      eval done --data other
 mistake 2 'folder'                eval folder --data valid
@@ -204,7 +258,20 @@ mistake 2 '--data.*--text'        eval done --data valid --text short.txt
 train blind data.validation= train.steps=2
 expect 0 selectra "${arguments[@]}"
 mistake 2 '--data|--text'         eval blind
+mistake 1 'spoilt/shard-00000.bin: token 0 is 65535' eval done --data spoilt
 mistake 2 'tokens'                generate done --prompt x --tokens many
+mistake 2 'tokens.*99999999999999999999' generate done --prompt x --tokens 99999999999999999999
+expect 0 selectra generate done --prompt "" --tokens 9223372036854775807 --greedy --json
+check "no more tokens than the context has" grep -qE '"tokens": ?([0-9]|[1-5][0-9]|6[0-4]),.*"stop": ?"(context|eos)"' out
+for threads in 4097 4294967298 9223372036854775807; do   # the second is 2, if cut to 32 bits
+    mistake 2 "$threads threads: expected 1 to 4096"     eval done --data valid --threads $threads
+    mistake 2 "$threads threads: expected 1 to 4096"     generate done --prompt x --threads $threads
+    mistake 2 "$threads threads: expected 1 to 4096"     bench ops --threads $threads
+done
+mistake 2 'threads.*99999999999999999999'                eval done --data valid --threads 99999999999999999999
+OMP_THREAD_LIMIT=1 mistake 2 'OpenMP gives 1 of 2 threads' eval done --data valid --threads 2
+OMP_THREAD_LIMIT=1 mistake 2 'OpenMP gives 1 of 2 threads' generate done --prompt x --threads 2
+OMP_THREAD_LIMIT=1 mistake 2 'OpenMP gives 1 of 2 threads' bench ops --threads 2
 mistake 2 'top-p'                 generate done --prompt x --top-p 1.5
 mistake 2 'context|64'            generate done --prompt "$(sentences 3 3 | tr -d '{}"')"
 mistake 2 'UTF-8'                 generate done --json --prompt "$(printf '\377')"

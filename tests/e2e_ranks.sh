@@ -3,52 +3,46 @@
 # in which the loss falls by at least 1 nat.  So with other micro-batches, and when ranks change at a checkpoint.
 #
 # Ranks sum gradients in another order, so weights differ in their last bits.  Selection has a kink: a logit of head 0
-# that lies so near to 0 that those bits change its sign changes the gradient by far more than rounding.  This is met
-# in about one run of twenty at this size.  A selective run that has met it is repeated with the next of three seeds;
-# standard attention has no kink and gets no second chance.
+# that lies so near to 0 that those bits change its sign brings a term into the gradient or takes it out.  How far that
+# moves the weights grows with the learning rate and falls with the tokens of a step: hence this learning rate and
+# batch.  Measured with them, loss falling by 1.7 to 2.0 nats: run.seed 1 to 10 with 1 to 4 ranks, largest difference
+# 1.3e-6, mostly 4e-8; run.seed 1 to 20 with micro-batches in place of ranks, largest 2.0e-5.  With the ten times higher
+# learning rate and half the batch of configs/tiny.yaml 3 of 30 seeds exceed 1e-4 (7e-4), most others stay at 1e-7.
 . "$(dirname "$0")/e2e.sh"
 prepare
 
-# agree FILE FILE: two lists of 60 "step loss" lines, to 1e-4.
-agree() {
+# difference FILE FILE: the largest between two lists of 60 "step loss" lines; 9e9 where steps are missing.
+difference() {
     awk 'NR == FNR { a[$1] = $2; next }
-         { n++; d = $2 - a[$1]; if (!($1 in a) || !(d * d <= 1e-8)) { print $1, a[$1], $2; bad = 1; exit } }
-         END { exit bad || n != 60 }' "$1" "$2"
+         { n++; d = $2 - a[$1]; if (d < 0) d = -d; if (d > most) most = d; if (!($1 in a)) n = -1e9 }
+         END { printf "%.3g\n", n == 60 ? most : 9e9 }' "$1" "$2"
 }
 
-# all_agree KIND SEED: the run in all its ways; the list of those that differ is in the file differ.
-all_agree() {
-    local np settings=(attention.kind="$1" run.seed="$2")
-    rm -rf run losses.* differ
-    for np in 1 2 3 4; do
-        train run/$np "${settings[@]}"
+for kind in $(all_or_some 1 selective standard); do
+    settings=(attention.kind=$kind run.seed=1 train.lr=0.0002 train.batch=24)
+    for np in 1 $(all_or_some 1 3 2 4); do
+        train $kind/$np "${settings[@]}"
         expect 0 ranks $np "${arguments[@]}"
-        losses run/$np >losses.$np
+        losses $kind/$np >losses.$np
     done
-    train run/micro "${settings[@]}" train.micro_batch=3
+    train $kind/micro "${settings[@]}" train.micro_batch=3
     expect 0 ranks 2 "${arguments[@]}"
-    losses run/micro >losses.micro
+    losses $kind/micro >losses.micro
 
     # Saved by two ranks at step 30, carried on by three.
-    train run/mixed "${settings[@]}"
+    train $kind/mixed "${settings[@]}"
     SELECTRA_FAULT=0:forward:30:term expect 85 ranks 2 "${arguments[@]}"
     expect 0 ranks 3 "${arguments[@]}"
     check "three ranks resumed what two had saved" grep -q 'resuming from step 30' out
-    losses run/mixed >losses.mixed
+    losses $kind/mixed >losses.mixed
 
-    check "$1: the loss falls by 1 nat or more" \
-        awk 'NR == 1 { first = $2 } { last = $2 } END { print first, last; exit !(first - last >= 1) }' losses.1
-    for way in 2 3 4 micro mixed; do
-        agree losses.1 losses.$way >first || echo "$way: $(cat first)" >>differ
+    fall=$(awk 'NR == 1 { first = $2 } { last = $2 } END { print first - last }' losses.1)
+    check "$kind: the loss falls by 1 nat or more, not by $fall" awk -v x="$fall" 'BEGIN { exit !(x >= 1) }'
+    echo "$kind: the loss falls by $fall; largest differences from 1 rank:"
+    for way in $(all_or_some 1 3 2 4) micro mixed; do
+        far=$(difference losses.1 losses.$way)
+        echo "    $way: $far"
+        check "$kind: losses of 1 rank and $way differ by $far" awk -v d="$far" 'BEGIN { exit !(d <= 1e-4) }'
     done
-    [ ! -e differ ]
-}
-
-if all_agree standard 1; then pass; else fail "standard attention: losses differ by more than 1e-4"; cat differ; fi
-
-for seed in 1 2 3; do
-    all_agree selective $seed && break
-    echo "seed $seed: $(tr '\n' ' ' <differ)"
 done
-if [ ! -e differ ]; then pass; else fail "selective attention: losses differ by more than 1e-4 with three seeds"; fi
 verdict

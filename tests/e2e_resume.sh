@@ -7,7 +7,7 @@ prepare
 # Wide enough that a step takes some hundredths of a second: there must be time to hit the run in its middle.
 size=(model.width=128 model.context=128 checkpoint.every=10 checkpoint.keep=20)
 
-for np in 1 2; do
+for np in $(all_or_some 1 2 1); do
     train straight$np "${size[@]}"
     expect 0 ranks $np "${arguments[@]}"
     check "no escape codes where the output is a file" test "$(grep -c "$(printf '\033')" out)" -eq 0
@@ -29,7 +29,7 @@ done
 
 # A signal to either rank: the step is finished and saved, status 85.
 rank=0
-for signal in TERM INT USR1 USR2; do
+for signal in $(all_or_some 2 TERM USR1 INT HUP USR2 XCPU); do
     train asked$signal "${size[@]}"
     start 2 "${arguments[@]}"
     if wait_step asked$signal 5; then pass; else fail "the run for $signal did not reach step 5"; fi
@@ -37,6 +37,7 @@ for signal in TERM INT USR1 USR2; do
     ended 85 20
     at=$(last_step asked$signal)
     check "$signal: stopped before the end" test "$at" -lt 60
+    check "$signal: the user is told, once" test "$(grep -c "SIG$signal received: finishing step $at, then saving" err)" -eq 1
     check "$signal: saved at the step it reached, $at" test -f "$(state asked$signal "$at")/manifest.json"
     expect 0 ranks 2 "${arguments[@]}"
     check "$signal: resumed at step $at" grep -q "resuming from step $at\$" out
@@ -44,4 +45,12 @@ for signal in TERM INT USR1 USR2; do
     same_metrics straight2 asked$signal
     rank=$((1 - rank))
 done
+
+# What can wait does not keep the save from being in time: no validation once the signal is known.
+train hurried train.steps=10 train.validate_every=1
+SELECTRA_FAULT=1:forward:5:term,0:validate:5:kill expect 85 ranks 2 "${arguments[@]}"
+said 'SIGTERM received: finishing step 5, then saving'
+check "step 5 is saved" test -f "$(state hurried 5)/manifest.json"
+check "step 4 was validated, step 5 was not" test "$(sed -nE 's/^\{"step":([0-9]+),.*"val_loss".*/\1/p' hurried/metrics.jsonl |
+    tail -n 1)" -eq 4
 verdict

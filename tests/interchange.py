@@ -22,12 +22,14 @@ def rms(x, w):
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w
 
 
-def attention(q, k, v, selective):
+def attention(q, k, v, selective, selecting):
+    """selecting: sel_q and sel_k [b, n, dh], or None: head 0 selects."""
     n, dh = q.shape[-2], q.shape[-1]
     logits = q @ k.transpose(-1, -2) / dh**0.5
     logits = logits.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
     if selective:
-        s = torch.relu(logits[:, 0])
+        s = logits[:, 0] if selecting is None else (selecting[0] @ selecting[1].transpose(-1, -2) / dh**0.5).tril()
+        s = torch.relu(s)
         s = s * (1 - torch.eye(n, dtype=s.dtype))
         s = torch.cat([torch.zeros_like(s[..., :1]), s[..., 1:]], -1)
         s = torch.cat([torch.zeros_like(s[:, :1]), s[:, :-1]], 1)
@@ -53,7 +55,9 @@ def loss_of(p, c, tokens):
         q, k, v = split("attn.q_proj", heads), split("attn.k_proj", kv), split("attn.v_proj", kv)
         q, k = rms(q, g("attn.q_norm")), rms(k, g("attn.k_norm"))
         k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
-        out, f = attention(q, k, v, selective)
+        bilinear = c["attention"]["selection"]["source"] == "bilinear"
+        selecting = (a @ g("attn.sel_q").T, a @ g("attn.sel_k").T) if bilinear else None
+        out, f = attention(q, k, v, selective, selecting)
         h = h + out.transpose(1, 2).reshape(b, n, heads * dh) @ g("attn.o_proj").T
         a = rms(h, g("ffn_norm"))
         h = h + (torch.nn.functional.silu(a @ g("ffn.gate_proj").T) * (a @ g("ffn.up_proj").T)) @ g("ffn.down_proj").T

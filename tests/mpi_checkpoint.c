@@ -153,6 +153,7 @@ static const char tokenizer[] = "not really\0a model";
 
 static sel_status save_variant(const char *dir, int64_t step, int64_t keep, int variant)
 {
+    static const int64_t skipped[] = {3, 70000000000, 70000000001};
     state s;
     const sel_checkpoint_info info = {.step = step,
                                       .tokens = step * 1000,
@@ -160,7 +161,9 @@ static sel_status save_variant(const char *dir, int64_t step, int64_t keep, int 
                                       .corpus_crc32 = 0xabcdef01,
                                       .tokenizer = tokenizer,
                                       .tokenizer_bytes = sizeof tokenizer,
-                                      .tokenizer_crc32 = 0x1234};
+                                      .tokenizer_crc32 = 0x1234,
+                                      .skipped = skipped,
+                                      .n_skipped = 3};
 
     make_state(&s, step, variant);
     return sel_checkpoint_save(comm, dir, &layout, &info, s.array[0], s.array[1], s.array[2], keep);
@@ -198,6 +201,8 @@ static int64_t found_step(const char *path, int variant)
     if (find(&m, path) != SEL_OK) return -1;
     const int64_t step = m.step;
     CHECK(m.tokens == step * 1000 && strcmp(m.config, config) == 0, "manifest of step %" PRId64, step);
+    CHECK(m.n_skipped == 3 && m.skipped[0] == 3 && m.skipped[1] == 70000000000 && m.skipped[2] == 70000000001,
+          "%d skipped steps", m.n_skipped);
     CHECK(m.corpus_crc32 == 0xabcdef01 && m.tokenizer_crc32 == 0x1234, "hashes of step %" PRId64, step);
     memset(&got, 0, sizeof got);
     CHECK_OK(sel_checkpoint_load(&m, &layout, got.array[0], got.array[1], got.array[2]));

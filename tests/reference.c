@@ -39,6 +39,8 @@ const char *sel_ref_wrong_name(sel_ref_wrong wrong)
         [SEL_REF_BOS_MASKED] = "BOS not protected",
         [SEL_REF_RESTARTED] = "F restarted",
         [SEL_REF_ROUNDED_VOTES] = "S from rounded logits",
+        [SEL_REF_HEAD0_VOTES] = "S from head 0, not from sel_q and sel_k",
+        [SEL_REF_HEAD0_SHARES] = "the gradient of sel_q and sel_k also to head 0",
     };
     return names[wrong];
 }
@@ -56,9 +58,11 @@ typedef struct {
     const sel_ref_attention *a;
     int64_t b;
     const double *q, *k, *v;     /* [N][H or Hkv][dh] */
+    const double *sel_q, *sel_k; /* [N][dh], or NULL */
     double *P;                   /* [H][N][N] logits, then softmax(L - F), then the gradient of L - F */
-    double *L0;                  /* [N][N] head 0's logits before F */
+    double *Ls;                  /* [N][N] the logits that S is made of: head 0's before F, or sel_q's and sel_k's */
     double *S, *F;               /* [N][N] */
+    double *dLs;                 /* [N][N] what comes through F to them */
 } sequence;
 
 static double logit(const sequence *s, int64_t h, int64_t i, int64_t j)
@@ -69,19 +73,28 @@ static double logit(const sequence *s, int64_t h, int64_t i, int64_t j)
     return dot(q, k, a->dh) / sqrt((double)a->dh);
 }
 
+static bool own_source(const sequence *s) { return s->sel_q && s->a->wrong != SEL_REF_HEAD0_VOTES; }
+
+/* The logit that S[i,j] is made of. */
+static double selection_logit(const sequence *s, int64_t i, int64_t j)
+{
+    const int64_t dh = s->a->dh;
+    return own_source(s) ? dot(s->sel_q + i * dh, s->sel_k + j * dh, dh) / sqrt((double)dh) : logit(s, 0, i, j);
+}
+
 static void compute_logits(sequence *s)
 {
     const int64_t N = s->a->N, window = s->a->window;
-    for (int64_t h = 0; h < s->a->H; h++)
-        for (int64_t i = 0; i < N; i++)
-            for (int64_t j = 0; j < N; j++) {
-                const bool seen = j <= i && (!window || j > i - window);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j < N; j++) {
+            const bool seen = j <= i && (!window || j > i - window);
+            for (int64_t h = 0; h < s->a->H; h++)
                 s->P[(h * N + i) * N + j] = seen ? logit(s, h, i, j) : -INFINITY;
-            }
-    memcpy(s->L0, s->P, (size_t)(N * N) * sizeof *s->L0);
+            s->Ls[i * N + j] = seen ? selection_logit(s, i, j) : -INFINITY;
+        }
 }
 
-/* S = relu(logits[:, 0]);  S[..., 0] = 0;  S *= 1 - eye(n)  -- each as far as its switch is on. */
+/* S = relu(Ls);  S[..., 0] = 0;  S *= 1 - eye(n)  -- each as far as its switch is on. */
 static void compute_selection(sequence *s)
 {
     const sel_ref_attention *a = s->a;
@@ -91,8 +104,8 @@ static void compute_selection(sequence *s)
 
     for (int64_t i = 0; i < N; i++)
         for (int64_t j = 0; j < N; j++) {
-            double x = s->L0[i * N + j];
-            if (a->wrong == SEL_REF_FUTURE_VOTES && j > i) x = logit(s, 0, i, j);
+            double x = s->Ls[i * N + j];
+            if (a->wrong == SEL_REF_FUTURE_VOTES && j > i) x = selection_logit(s, i, j);
             if (x == -INFINITY) x = 0.0;             /* no logit, no vote, whatever relu is */
             if (a->wrong == SEL_REF_ROUNDED_VOTES) x = round_bfloat16(x);
             if (a->relu && x < 0.0) x = 0.0;
@@ -191,7 +204,8 @@ static void differentiate_output(sequence *s, const double *dout, double *dv)
     free(dp);
 }
 
-/* Backward through F, cumsum, roll and the masks: adds head 0's share of the selection's gradient to its dZ. */
+/* Backward through F, cumsum, roll and the masks: the gradient of the logits that S is made of; head 0's dZ gets it
+   where these are its own. */
 static void differentiate_selection(sequence *s, int64_t m_row, double *dcarry)
 {
     const sel_ref_attention *a = s->a;
@@ -214,11 +228,12 @@ static void differentiate_selection(sequence *s, int64_t m_row, double *dcarry)
     }
     for (int64_t i = 0; i < N; i++)
         for (int64_t j = 0; j <= i; j++) {
-            const double x = s->L0[i * N + j];
+            const double x = s->Ls[i * N + j];
             if (x == -INFINITY || (a->relu && x <= 0.0) || (a->protect_bos && j == 0) || (a->protect_self && j == i))
                 continue;
-            s->P[i * N + j] += dS[i * N + j];
+            s->dLs[i * N + j] = dS[i * N + j];
         }
+    if (!own_source(s) || a->wrong == SEL_REF_HEAD0_SHARES) axpy(s->P, 1.0, s->dLs, N * N);
     free(dF);
 }
 
@@ -238,15 +253,29 @@ static void differentiate_logits(const sequence *s, double *dq, double *dk)
             }
 }
 
+/* The same for the logits of sel_q and sel_k. */
+static void differentiate_selection_logits(const sequence *s, double *dsel_q, double *dsel_k)
+{
+    const int64_t N = s->a->N, dh = s->a->dh;
+    const double scale = 1.0 / sqrt((double)dh);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j <= i; j++) {
+            axpy(dsel_q + i * dh, s->dLs[i * N + j] * scale, s->sel_k + j * dh, dh);
+            axpy(dsel_k + j * dh, s->dLs[i * N + j] * scale, s->sel_q + i * dh, dh);
+        }
+}
+
 void sel_ref_attend(const sel_ref_attention *a, const double *q, const double *k, const double *v,
                     const sel_ref_results *r)
 {
-    const int64_t N = a->N, q_size = N * a->H * a->dh, k_size = N * a->Hkv * a->dh;
+    const int64_t N = a->N, q_size = N * a->H * a->dh, k_size = N * a->Hkv * a->dh, sel_size = N * a->dh;
+    const bool bilinear = a->selective && a->sel_q;
     sequence s = { .a = a };
     s.P = zeros(a->H * N * N);
-    s.L0 = zeros(N * N);
+    s.Ls = zeros(N * N);
     s.S = zeros(N * N);
     s.F = zeros(N * N);
+    s.dLs = zeros(N * N);
     double *spare = zeros(q_size);
 
     for (int64_t b = 0; b < a->B; b++) {
@@ -256,6 +285,10 @@ void sel_ref_attend(const sel_ref_attention *a, const double *q, const double *k
         s.q = q + b * q_size;
         s.k = k + b * k_size;
         s.v = v + b * k_size;
+        if (bilinear) {
+            s.sel_q = a->sel_q + b * sel_size;
+            s.sel_k = a->sel_k + b * sel_size;
+        }
         compute_logits(&s);
         if (a->selective) {
             compute_selection(&s);
@@ -277,19 +310,27 @@ void sel_ref_attend(const sel_ref_attention *a, const double *q, const double *k
         memset(r->dv + b * k_size, 0, (size_t)k_size * sizeof *r->dv);
         if (r->dcarry) memset(r->dcarry + b * N, 0, (size_t)N * sizeof *r->dcarry);
         differentiate_output(&s, r->dout + b * q_size, r->dv + b * k_size);
+        memset(s.dLs, 0, (size_t)(N * N) * sizeof *s.dLs);
         if (a->selective) differentiate_selection(&s, m_row, r->dcarry ? r->dcarry + b * N : NULL);
         differentiate_logits(&s, r->dq + b * q_size, r->dk + b * k_size);
+        if (!bilinear) continue;
+        memset(r->dsel_q + b * sel_size, 0, (size_t)sel_size * sizeof *r->dsel_q);
+        memset(r->dsel_k + b * sel_size, 0, (size_t)sel_size * sizeof *r->dsel_k);
+        differentiate_selection_logits(&s, r->dsel_q + b * sel_size, r->dsel_k + b * sel_size);
     }
     free(s.P);
-    free(s.L0);
+    free(s.Ls);
     free(s.S);
     free(s.F);
+    free(s.dLs);
     free(spare);
 }
 
 /* The model.  T = B n tokens; every array is [T][width]. */
 
-#define LAYER_TENSORS 11
+enum { LAYER_TENSORS = 11, SELECTION_TENSORS = 2 };
+
+static int64_t layer_tensors(const sel_ref_dims *d) { return LAYER_TENSORS + (d->bilinear ? SELECTION_TENSORS : 0); }
 
 sel_ref_tensor *sel_ref_tensors(const sel_ref_dims *d, int64_t *count, int64_t *total)
 {
@@ -301,7 +342,7 @@ sel_ref_tensor *sel_ref_tensors(const sel_ref_dims *d, int64_t *count, int64_t *
         { "pos_embed.weight", d->N, d->D },
         { "final_norm.weight", d->D, 1 },
         { "lm_head.weight", d->V, d->D },
-    }, layer[LAYER_TENSORS] = {
+    }, layer[LAYER_TENSORS + SELECTION_TENSORS] = {
         { "attn_norm", d->D, 1 },
         { "attn.q_proj", d->H * d->dh, d->D },
         { "attn.k_proj", d->Hkv * d->dh, d->D },
@@ -313,15 +354,17 @@ sel_ref_tensor *sel_ref_tensors(const sel_ref_dims *d, int64_t *count, int64_t *
         { "ffn.gate_proj", d->F, d->D },
         { "ffn.up_proj", d->F, d->D },
         { "ffn.down_proj", d->D, d->F },
+        { "attn.sel_q", d->dh, d->D },
+        { "attn.sel_k", d->dh, d->D },
     };
-    const int64_t n = 4 + LAYER_TENSORS * d->L;
+    const int64_t each = layer_tensors(d), n = 4 + each * d->L;
     sel_ref_tensor *t = calloc((size_t)n, sizeof *t);
     if (!t) abort();
 
     *count = n;
     *total = 0;
     for (int64_t i = 0; i < n; i++) {
-        const int64_t l = (i - 4) / LAYER_TENSORS, w = i < 4 ? i : (i - 4) % LAYER_TENSORS;
+        const int64_t l = (i - 4) / each, w = i < 4 ? i : (i - 4) % each;
         if (i < 4)
             snprintf(t[i].name, sizeof t[i].name, "%s", ends[w].name);
         else
@@ -389,19 +432,21 @@ static double sigmoid(double x)
 /* One layer's weights (or their gradients), in the order of sel_ref_tensors. */
 typedef struct {
     double *attn_norm, *q_proj, *k_proj, *v_proj, *o_proj, *q_norm, *k_norm, *ffn_norm, *gate, *up, *down;
+    double *sel_q, *sel_k;       /* or NULL */
 } layer_weights;
 
-static layer_weights layer_view(double *base, const sel_ref_tensor *tensors, int64_t l)
+static layer_weights layer_view(const sel_ref_dims *d, double *base, const sel_ref_tensor *tensors, int64_t l)
 {
-    const sel_ref_tensor *t = tensors + 4 + LAYER_TENSORS * l;
+    const sel_ref_tensor *t = tensors + 4 + layer_tensors(d) * l;
     return (layer_weights){ base + t[0].offset, base + t[1].offset, base + t[2].offset, base + t[3].offset,
                             base + t[4].offset, base + t[5].offset, base + t[6].offset, base + t[7].offset,
-                            base + t[8].offset, base + t[9].offset, base + t[10].offset };
+                            base + t[8].offset, base + t[9].offset, base + t[10].offset,
+                            d->bilinear ? base + t[11].offset : NULL, d->bilinear ? base + t[12].offset : NULL };
 }
 
 /* What forward leaves of a layer.  x: its input; q0, k0: before the q/k norm; x1: after attention's residual. */
 typedef struct {
-    double *x, *h, *q0, *k0, *q, *k, *v, *att, *x1, *h1, *gate, *up, *act;
+    double *x, *h, *q0, *k0, *q, *k, *v, *att, *x1, *h1, *gate, *up, *act, *sel_q, *sel_k;
 } layer_state;
 
 static layer_state layer_state_new(const sel_ref_dims *d, int64_t T)
@@ -410,13 +455,26 @@ static layer_state layer_state_new(const sel_ref_dims *d, int64_t T)
     return (layer_state){ .x = zeros(T * d->D), .h = zeros(T * d->D), .q0 = zeros(T * Q), .k0 = zeros(T * K),
                           .q = zeros(T * Q), .k = zeros(T * K), .v = zeros(T * K), .att = zeros(T * Q),
                           .x1 = zeros(T * d->D), .h1 = zeros(T * d->D), .gate = zeros(T * d->F),
-                          .up = zeros(T * d->F), .act = zeros(T * d->F) };
+                          .up = zeros(T * d->F), .act = zeros(T * d->F), .sel_q = zeros(T * d->dh),
+                          .sel_k = zeros(T * d->dh) };
 }
 
 static void layer_state_free(layer_state *s)
 {
-    double *const all[] = { s->x, s->h, s->q0, s->k0, s->q, s->k, s->v, s->att, s->x1, s->h1, s->gate, s->up, s->act };
+    double *const all[] = { s->x,  s->h,  s->q0,   s->k0, s->q,   s->k,     s->v,    s->att,
+                            s->x1, s->h1, s->gate, s->up, s->act, s->sel_q, s->sel_k };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
+}
+
+/* Attention of a layer: with sel_q and sel_k, made of the attention norm's output without a norm of their own, where
+   the model has them. */
+static void layer_attend(const sel_ref_dims *d, const sel_ref_attention *a, const layer_state *s,
+                         const sel_ref_results *r)
+{
+    sel_ref_attention of_layer = *a;
+    of_layer.sel_q = d->bilinear ? s->sel_q : NULL;
+    of_layer.sel_k = d->bilinear ? s->sel_k : NULL;
+    sel_ref_attend(&of_layer, s->q, s->k, s->v, r);
 }
 
 /* y [T][D]: the layer's output, from s->x. */
@@ -431,7 +489,11 @@ static void layer_forward(const sel_ref_dims *d, const sel_ref_attention *a, con
     linear(s->v, s->h, w->v_proj, T, K, D);
     rmsnorm(s->q, s->q0, w->q_norm, T * d->H, d->dh);
     rmsnorm(s->k, s->k0, w->k_norm, T * d->Hkv, d->dh);
-    sel_ref_attend(a, s->q, s->k, s->v, &(sel_ref_results){ .out = s->att, .m_max = m_max });
+    if (d->bilinear) {
+        linear(s->sel_q, s->h, w->sel_q, T, d->dh, D);
+        linear(s->sel_k, s->h, w->sel_k, T, d->dh, D);
+    }
+    layer_attend(d, a, s, &(sel_ref_results){ .out = s->att, .m_max = m_max });
     linear(s->x1, s->att, w->o_proj, T, D, Q);
     axpy(s->x1, 1.0, s->x, T * D);
 
@@ -463,12 +525,17 @@ static void layer_backward(const sel_ref_dims *d, const sel_ref_attention *a, co
 
     const int64_t Q = d->H * d->dh, K = d->Hkv * d->dh;
     linear_backward(g.att, dw->o_proj, g.x1, s->att, w->o_proj, T, D, Q);
-    sel_ref_attend(a, s->q, s->k, s->v, &(sel_ref_results){ .dout = g.att, .dq = g.q, .dk = g.k, .dv = g.v });
+    layer_attend(d, a, s, &(sel_ref_results){ .dout = g.att, .dq = g.q, .dk = g.k, .dv = g.v, .dsel_q = g.sel_q,
+                                              .dsel_k = g.sel_k });
     rmsnorm_backward(g.q0, dw->q_norm, g.q, s->q0, w->q_norm, T * d->H, d->dh);
     rmsnorm_backward(g.k0, dw->k_norm, g.k, s->k0, w->k_norm, T * d->Hkv, d->dh);
     linear_backward(g.h, dw->q_proj, g.q0, s->h, w->q_proj, T, Q, D);
     linear_backward(g.h, dw->k_proj, g.k0, s->h, w->k_proj, T, K, D);
     linear_backward(g.h, dw->v_proj, g.v, s->h, w->v_proj, T, K, D);
+    if (d->bilinear) {
+        linear_backward(g.h, dw->sel_q, g.sel_q, s->h, w->sel_q, T, d->dh, D);
+        linear_backward(g.h, dw->sel_k, g.sel_k, s->h, w->sel_k, T, d->dh, D);
+    }
     memcpy(dy, g.x1, (size_t)(T * D) * sizeof *dy);
     rmsnorm_backward(dy, dw->attn_norm, g.h, s->x, w->attn_norm, T, D);
     layer_state_free(&g);
@@ -527,7 +594,7 @@ void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int3
         for (int64_t i = 0; i < D; i++) x[t * D + i] = tok[inputs[t] * D + i] + pos[t % n * D + i];
     *memory_loss = 0.0;
     for (int64_t l = 0; l < d->L; l++) {
-        const layer_weights w = layer_view(weights, tensors, l);
+        const layer_weights w = layer_view(d, weights, tensors, l);
         states[l] = layer_state_new(d, T);
         memcpy(states[l].x, x, (size_t)(T * D) * sizeof *x);
         layer_forward(d, &a, &w, &states[l], x, m_max);
@@ -545,7 +612,7 @@ void sel_ref_model_loss(const sel_ref_model *m, const double *params, const int3
         linear_backward(dh, grad + tensors[3].offset, logits, h, head, T, d->V, D);
         rmsnorm_backward(dx, grad + tensors[2].offset, dh, x, norm, T, D);
         for (int64_t l = d->L - 1; l >= 0; l--) {
-            const layer_weights w = layer_view(weights, tensors, l), dw = layer_view(grad, tensors, l);
+            const layer_weights w = layer_view(d, weights, tensors, l), dw = layer_view(d, grad, tensors, l);
             layer_backward(d, &a, &w, &dw, &states[l], dx);
         }
         for (int64_t t = 0; t < T; t++) {

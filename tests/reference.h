@@ -20,6 +20,8 @@ typedef enum {
     SEL_REF_BOS_MASKED,          /* column 0 not protected */
     SEL_REF_RESTARTED,           /* rows from `restart` on know nothing of S before it */
     SEL_REF_ROUNDED_VOTES,       /* S from logits rounded to bfloat16, which softmax does not see */
+    SEL_REF_HEAD0_VOTES,         /* S from head 0 although sel_q and sel_k are there */
+    SEL_REF_HEAD0_SHARES,        /* head 0 gets the gradient of sel_q's and sel_k's logits too */
     SEL_REF_WRONG_END
 } sel_ref_wrong;
 
@@ -29,13 +31,15 @@ typedef struct {
     int64_t B, H, Hkv, N, dh;
     int64_t window;              /* keys a row sees, itself included; 0: all */
     bool selective, relu, protect_bos, protect_self, shift;
+    const double *sel_q, *sel_k; /* [B][N][dh]: their logits make S; NULL: head 0's do */
     double tau;                  /* memory loss: M is wanted where tau > 0 */
     double memory_coef;          /* dF[i*,j] -= memory_coef where F[i*,j] < tau, j <= i* */
     sel_ref_wrong wrong;
     int64_t restart;             /* row of SEL_REF_RESTARTED */
 } sel_ref_attention;
 
-/* What is wanted; NULL: not.  The gradients need dout, and come all three or not at all. */
+/* What is wanted; NULL: not.  The gradients need dout, and come all or not at all (those of sel_q and sel_k where these
+   are). */
 typedef struct {
     double *out;                 /* [B][N][H][dh] */
     double *lse;                 /* [B][H][N] */
@@ -45,6 +49,7 @@ typedef struct {
     int64_t *m_row;              /* [B] its row, the smallest among equals */
     const double *dout;          /* [B][N][H][dh] */
     double *dq, *dk, *dv;        /* [B][N][H or Hkv][dh], overwritten */
+    double *dsel_q, *dsel_k;     /* [B][N][dh], overwritten */
     double *dcarry;              /* [B][N] column sums of dF over all rows */
 } sel_ref_results;
 
@@ -54,6 +59,7 @@ void sel_ref_attend(const sel_ref_attention *a, const double *q, const double *k
 
 typedef struct {
     int64_t V, N, D, L, H, Hkv, dh, F;
+    bool bilinear;               /* the layers have sel_q and sel_k */
 } sel_ref_dims;
 
 typedef struct {

@@ -1,32 +1,16 @@
 /* The reference itself: figure 2 against numbers worked by hand, every gradient against central differences. */
 #include "tests/check.h"
 #include "tests/random.h"
-#include "tests/reference.h"
+#include "tests/switches.h"
 
 #include <math.h>
 #include <string.h>
 
-static const struct {
-    const char *name;
-    bool selective, relu, protect_bos, protect_self, shift;
-} switches[] = {
-    { "standard", false, true, true, true, true },
-    { "selective", true, true, true, true, true },
-    { "no relu", true, false, true, true, true },
-    { "no bos", true, true, false, true, true },
-    { "no self", true, true, true, false, true },
-    { "no shift", true, true, true, true, false },
-    { "none", true, false, false, false, false },
-};
-#define SWITCHES ((int)(sizeof switches / sizeof switches[0]))
-
 static sel_ref_attention attention_of(int s)
 {
-    return (sel_ref_attention){ .selective = switches[s].selective,
-                                .relu = switches[s].relu,
-                                .protect_bos = switches[s].protect_bos,
-                                .protect_self = switches[s].protect_self,
-                                .shift = switches[s].shift };
+    sel_ref_attention a = { 0 };
+    switches_set(&a, s);
+    return a;
 }
 
 /* One head of width 1 makes L[i,j] = q[i] k[j]: F can be worked out on paper.
@@ -34,10 +18,12 @@ static sel_ref_attention attention_of(int s)
            2 -1                  0  0                                         2  0
            2 -1  3               0  0  0                                      2  0  3
            4 -2  6  1            0  0  6  0                                   4  0  6  1
-           2 -1  3  .5 1         0  0  3 .5  0                                2  0  3 .5  1 */
+           2 -1  3  .5 1         0  0  3 .5  0                                2  0  3 .5  1
+   The same L as sel_q[i] sel_k[j] makes the same F, whatever the head's own logits are. */
 static void check_by_hand(void)
 {
-    const double q[5] = { 1, 1, 1, 2, 1 }, k[5] = { 2, -1, 3, 0.5, 1 }, v[5] = { 1, 2, 3, 4, 5 };
+    const double selecting_q[5] = { 1, 1, 1, 2, 1 }, selecting_k[5] = { 2, -1, 3, 0.5, 1 }, v[5] = { 1, 2, 3, 4, 5 };
+    const double other_q[5] = { -1, 0.5, 2, 1, 0.25 }, other_k[5] = { 1, 1.5, -2, 0.5, 3 };
     const struct {
         int switches;
         int64_t window;
@@ -49,9 +35,12 @@ static void check_by_hand(void)
         { 3, 0, { { 0 }, { 0 }, { 2 }, { 4 }, { 8, 0, 6, 0, 0 } }, { 10, 0, 9, 0.5, 0 } },
         { 4, 0, { { 0 }, { 0 }, { 0 }, { 0, 0, 3 }, { 0, 0, 9, 1, 0 } }, { 0, 0, 12, 1.5, 1 } },
         { 5, 0, { { 0 }, { 0 }, { 0 }, { 0, 0, 6 }, { 0, 0, 9, 0.5, 0 } }, { 0, 0, 9, 0.5, 0 } },
-        { 6, 0, { { 2 }, { 4, -1 }, { 6, -2, 3 }, { 10, -4, 9, 1 }, { 12, -5, 12, 1.5, 1 } }, { 12, -5, 12, 1.5, 1 } },
+        { 7, 0, { { 2 }, { 4, -1 }, { 6, -2, 3 }, { 10, -4, 9, 1 }, { 12, -5, 12, 1.5, 1 } }, { 12, -5, 12, 1.5, 1 } },
     };
-    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+    for (size_t n = 0; n < 2 * (sizeof cases / sizeof cases[0]); n++) {
+        const size_t c = n / 2;
+        const bool bilinear = n % 2;
+        const double *const q = bilinear ? other_q : selecting_q, *const k = bilinear ? other_k : selecting_k;
         sel_ref_attention a = attention_of(cases[c].switches);
         double F[5][5], carry[5], out[5], m_max;
         int64_t m_row;
@@ -59,6 +48,8 @@ static void check_by_hand(void)
         a.N = 5;
         a.window = cases[c].window;
         a.tau = 4.0;
+        a.sel_q = bilinear ? selecting_q : NULL;
+        a.sel_k = bilinear ? selecting_k : NULL;
         sel_ref_attend(&a, q, k, v, &(sel_ref_results){ .F = F[0], .carry = carry, .out = out, .m_max = &m_max,
                                                         .m_row = &m_row });
         for (int i = 0; i < 5; i++) {
@@ -128,7 +119,7 @@ static void check_operand(const sel_ref_attention *a, const char *what, const do
     free(m_max);
 }
 
-static void check_attention(int s, int64_t window, int64_t Hkv, bool memory)
+static void check_attention(int s, int64_t window, int64_t Hkv, bool memory, bool bilinear)
 {
     sel_ref_attention a = attention_of(s);
     a.B = 2;
@@ -140,16 +131,21 @@ static void check_attention(int s, int64_t window, int64_t Hkv, bool memory)
     a.tau = memory ? 0.8 : 0.0;
     a.memory_coef = memory ? 0.7 : 0.0;
 
-    const int64_t nq = a.B * a.N * a.H * a.dh, nk = a.B * a.N * Hkv * a.dh;
+    const int64_t nq = a.B * a.N * a.H * a.dh, nk = a.B * a.N * Hkv * a.dh, ns = a.B * a.N * a.dh;
     random_seed((uint64_t)(100 * s + 10 * window + Hkv));
     double *q = random_normals(nq), *k = random_normals(nk), *v = random_normals(nk), *dout = random_normals(nq);
     double *dq = random_normals(nq), *dk = random_normals(nk), *dv = random_normals(nk);
     double *F = random_normals(a.B * a.N * a.N);
+    double *sel_q = random_normals(ns), *sel_k = random_normals(ns);
+    double *dsel_q = random_normals(ns), *dsel_k = random_normals(ns);
     char what[128];
 
-    sel_ref_attend(&a, q, k, v, &(sel_ref_results){ .dout = dout, .dq = dq, .dk = dk, .dv = dv, .F = F });
-    snprintf(what, sizeof what, "%s, window %d, kv heads %d, memory %d: ", switches[s].name, (int)window, (int)Hkv,
-             (int)memory);
+    a.sel_q = bilinear ? sel_q : NULL;
+    a.sel_k = bilinear ? sel_k : NULL;
+    sel_ref_attend(&a, q, k, v, &(sel_ref_results){ .dout = dout, .dq = dq, .dk = dk, .dv = dv, .dsel_q = dsel_q,
+                                                    .dsel_k = dsel_k, .F = F });
+    snprintf(what, sizeof what, "%s%s, window %d, kv heads %d, memory %d: ", switches[s].name,
+             bilinear ? ", bilinear" : "", (int)window, (int)Hkv, (int)memory);
     CHECK((norm(F, a.B * a.N * a.N) > 0.5) == a.selective, "%s: no selection to differentiate", what);
 
     char *const end = what + strlen(what);
@@ -159,15 +155,22 @@ static void check_attention(int s, int64_t window, int64_t Hkv, bool memory)
     check_operand(&a, what, q, k, v, dout, k, dk, nk);
     snprintf(end, 3, "dv");
     check_operand(&a, what, q, k, v, dout, v, dv, nk);
+    if (bilinear) {
+        snprintf(end, 7, "dsel_q");
+        check_operand(&a, what, q, k, v, dout, sel_q, dsel_q, ns);
+        snprintf(end, 7, "dsel_k");
+        check_operand(&a, what, q, k, v, dout, sel_k, dsel_k, ns);
+    }
 
-    double *const all[] = { q, k, v, dout, dq, dk, dv, F };
+    double *const all[] = { q, k, v, dout, dq, dk, dv, F, sel_q, sel_k, dsel_q, dsel_k };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
 }
 
 /* Every tensor of a small model, the sum of both losses. */
-static void check_model(int s, int64_t Hkv, int64_t window, double epsilon)
+static void check_model(int s, int64_t Hkv, int64_t window, double epsilon, bool bilinear)
 {
-    sel_ref_model m = { .dims = { .V = 13, .N = 8, .D = 12, .L = 2, .H = 3, .Hkv = Hkv, .dh = 4, .F = 9 },
+    sel_ref_model m = { .dims = { .V = 13, .N = 8, .D = 12, .L = 2, .H = 3, .Hkv = Hkv, .dh = 4, .F = 9,
+                                  .bilinear = bilinear },
                         .attention = attention_of(s),
                         .epsilon = epsilon };
     const int64_t B = 2, n = 7;
@@ -207,8 +210,8 @@ static void check_model(int s, int64_t Hkv, int64_t window, double epsilon)
         const sel_ref_tensor *x = &tensors[t];
         const int64_t size = x->rows * x->cols;
         const double error = distance(numeric + x->offset, grad + x->offset, size) / norm(grad + x->offset, size);
-        CHECK(error < 1e-6, "%s, kv heads %d, epsilon %g: %s: relative error %g", switches[s].name, (int)Hkv, epsilon,
-              x->name, error);
+        CHECK(error < 1e-6, "%s%s, kv heads %d, epsilon %g: %s: relative error %g", switches[s].name,
+              bilinear ? ", bilinear" : "", (int)Hkv, epsilon, x->name, error);
     }
     free(tensors);
     free(params);
@@ -221,12 +224,17 @@ int main(void)
     check_by_hand();
     for (int s = 0; s < SWITCHES; s++) {
         for (int memory = 0; memory < 2; memory++) {
-            check_attention(s, 0, 4, memory);
-            check_attention(s, 3, 2, memory);
-            check_attention(s, 0, 1, memory);
+            check_attention(s, 0, 4, memory, false);
+            check_attention(s, 3, 2, memory, false);
+            check_attention(s, 0, 1, memory, false);
+            if (!switches[s].selective) continue;
+            check_attention(s, 0, 2, memory, true);
+            check_attention(s, 3, 4, memory, true);
         }
-        check_model(s, s % 2 ? 3 : 1, 0, 0.0);
-        if (switches[s].selective) check_model(s, s % 2 ? 1 : 3, s % 3 ? 0 : 4, 0.4);
+        check_model(s, s % 2 ? 3 : 1, 0, 0.0, false);
+        if (!switches[s].selective) continue;
+        check_model(s, s % 2 ? 1 : 3, s % 3 ? 0 : 4, 0.4, false);
+        check_model(s, s % 2 ? 3 : 1, s % 3 ? 4 : 0, s % 2 ? 0.0 : 0.4, true);
     }
     return check_verdict();
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests, on a bare Debian 12 as well: installs what they need, builds with gcc and with clang (warnings are errors),
-# runs everything, then the tests of single parts and a part of the end-to-end tests under the address and
-# undefined-behaviour sanitizers.  The last line is the count; exit status 0 means that all passed.
+# runs everything, then everything that makes sense there under the address and undefined-behaviour sanitizers, the
+# end-to-end tests with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0 means that all
+# passed.
 #
 #   ./tests/run.sh [--fast]      --fast: one build, no sanitizers
 set -u -o pipefail
@@ -71,9 +72,10 @@ build "clang, Release" build-test-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Rel
 export ASAN_OPTIONS=detect_leaks=1:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:exitcode=99
 export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
 if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=Asan -DSEL_WERROR=ON; then
+    # Not layers, which looks at symbols and runs nothing, nor ops_memory: it measures memory, and would measure theirs.
     run_tests "sanitizers, one process" build-test-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
     run_tests "sanitizers, ranks" build-test-asan -L mpi
-    run_tests "sanitizers, the program" build-test-asan -R '^e2e_(cli|mistakes|damage)$'
+    SEL_TEST_QUICK=1 run_tests "sanitizers, the program" build-test-asan -L e2e
 fi
 finish

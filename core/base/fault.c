@@ -8,13 +8,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "core/base/pulse.h"
+
 #define MAX_FAULTS 32
 #define FORM "expected rank:phase:step:kind[,...]"
 
 typedef struct {
     const char *phase, *kind;
     int64_t step;
-    bool done; /* a fault happens once in the life of a process */
+    bool done;
 } fault;
 
 static const char *const phases[] = {"data", "forward", "backward", "reduce", "optimizer", "validate", "save", NULL};
@@ -104,13 +106,16 @@ bool sel_fault(const char *phase, int64_t step, const char *kind)
     SEL_ASSERT(find_word(phases, phase));
     bool due = false;
 
+    sel_pulse_phase(phase, step);
+
     for (int i = 0; i < n_faults; i++) {
         fault *f = &faults[i];
         if (f->done || f->step != step || strcmp(f->phase, phase) != 0) continue;
 
         const bool callers = strcmp(f->kind, "nan") == 0 || strcmp(f->kind, "enospc") == 0;
         if (callers && !(kind && strcmp(f->kind, kind) == 0)) continue; /* for another call at this place */
-        f->done = true;
+        /* Once in the life of a process; but a number that is not one comes again whenever its step is computed. */
+        f->done = strcmp(f->kind, "nan") != 0;
         if (callers) due = true;
         if (strcmp(f->kind, "kill") == 0) kill(getpid(), SIGKILL);
         if (strcmp(f->kind, "stop") == 0) kill(getpid(), SIGSTOP);

@@ -2,7 +2,7 @@
  *
  * Phases: data, forward, backward, reduce, optimizer, validate, save.
  * Kinds: kill (SIGKILL to itself), stop (SIGSTOP), sleep (30 s), term (SIGTERM
- * to itself), nan (the caller spoils a number), enospc (the caller's next write
+ * to itself), nan (the caller spoils a number, each time it is there), enospc (the caller's next write
  * fails as on a full disk).
  */
 #ifndef SEL_CORE_BASE_FAULT_H
@@ -15,7 +15,7 @@
 /* Reads SELECTRA_FAULT for this rank, once; SEL_EUSER names what it cannot read. */
 sel_status sel_fault_init(int rank);
 
-/* Says where the rank is.  Acts out kill, stop, sleep and term itself; for nan and
+/* Says where the rank is (core/base/pulse.h too).  Acts out kill, stop, sleep and term itself; for nan and
    enospc returns true where `kind` is that word and the fault is due now. */
 bool sel_fault(const char *phase, int64_t step, const char *kind);
 

@@ -11,6 +11,8 @@
 #include <unistd.h>
 #include <zlib.h>
 
+#include "core/base/pulse.h"
+
 #define CHUNK ((size_t)1 << 20)
 #define OPEN_FOLDERS 16 /* descriptors that a tree walk may hold */
 
@@ -142,6 +144,7 @@ static sel_status read_up_to(int fd, char *data, size_t bytes, size_t *got, cons
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return fail_errno(path, "read");
         *got += (size_t)n;
+        sel_pulse_tick();
     }
     return SEL_OK;
 }
@@ -191,6 +194,7 @@ sel_status sel_write_all(int fd, const void *data, size_t bytes, const char *pat
         if (n == 0) return sel_fail(SEL_EIO, "%s: cannot write: the system takes no more bytes", path);
         p += n;
         bytes -= (size_t)n;
+        sel_pulse_tick();
     }
     return SEL_OK;
 }
@@ -205,6 +209,7 @@ sel_status sel_pwrite_all(int fd, const void *data, size_t bytes, int64_t offset
         if (n == 0) return sel_fail(SEL_EIO, "%s: cannot write: the system takes no more bytes", path);
         p += n;
         bytes -= (size_t)n;
+        sel_pulse_tick();
         offset += n;
     }
     return SEL_OK;
@@ -222,6 +227,7 @@ sel_status sel_pread_all(int fd, void *data, size_t bytes, int64_t offset, const
                             (long long)offset, bytes);
         p += n;
         bytes -= (size_t)n;
+        sel_pulse_tick();
         offset += n;
     }
     return SEL_OK;

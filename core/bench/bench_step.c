@@ -49,6 +49,7 @@ sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab
 {
     static const char *const kinds[] = { "selective", "standard" };
     const sel_dims dims = sel_dims_of(c, vocab);
+    const int n = dims.bilinear ? 1 : 2;   /* without selection its projections would be idle: another model */
     const int64_t batch = c->train.micro_batch ? c->train.micro_batch : dims.N < 4096 ? 4096 / dims.N : 1;
     step both[2] = { { .b = b, .selective = true, .batch = batch } }, *const s = &both[0];
     sel_bench_case cases[2];
@@ -81,13 +82,13 @@ sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab
     if (rc == SEL_OK) rc = sel_model_pack(s->model, s->params);
     both[1] = both[0];
     both[1].selective = false;
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < n; i++)
         cases[i] = (sel_bench_case){ .run = run_step, .ctx = &both[i], .tokens = (double)(batch * dims.N),
                                      .flops = sel_model_flops(&dims, batch * dims.N, dims.N),
                                      .profile = &both[i].profile,
                                      .row = { .name = "step", .kind = kinds[i], .pass = "step",
                                               .B = batch, .H = dims.H, .N = dims.N, .dh = dims.dh } };
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 2, yards, out);
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, n, yards, out);
     if (rc == SEL_OK && out->n_memory < SEL_BENCH_BUDGETS) {
         memory.parameters = memory.gradients = bytes;
         memory.moments = 2 * bytes;

@@ -21,6 +21,8 @@ typedef struct {
     const char *tokenizer;           /* bytes of the .model */
     size_t tokenizer_bytes;
     uint32_t tokenizer_crc32;
+    const int64_t *skipped;          /* [n_skipped], ascending: steps whose batches are left out */
+    int n_skipped;
 } sel_checkpoint_info;
 
 /* [collective] Saves params, and exp_avg and exp_avg_sq (all [layout total], the same on all ranks), every rank
@@ -37,6 +39,8 @@ typedef struct {
     int64_t step, tokens;
     char *config;
     uint32_t corpus_crc32, tokenizer_crc32;
+    int64_t *skipped;                /* [n_skipped], ascending */
+    int n_skipped;
 } sel_manifest;
 void sel_manifest_free(sel_manifest *m);
 

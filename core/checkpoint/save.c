@@ -6,8 +6,9 @@
  *     3. manifest.json, fsync; fsync of the folder
  *     4. all ranks read back and compare checksums
  *     5. rename to DIR/step-N, fsync of DIR; `latest` by rename, fsync of DIR
- *     6. old ones beyond `keep` are removed  After each part that may fail on one rank the ranks
- * agree, so that all of them return the same.
+ *     6. old ones beyond `keep` are removed
+ *
+ * After each part that may fail on one rank the ranks agree, so that all of them return the same.
  */
 #include <errno.h>
 #include <fcntl.h>

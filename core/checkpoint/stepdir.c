@@ -125,17 +125,19 @@ sel_status sel_step_write_manifest(const char *folder, const sel_checkpoint_info
                                    int n)
 {
     char path[SEL_PATH_MAX];
-    json_t *list = json_array();
+    json_t *list = json_array(), *skipped = json_array();
     uint32_t crc = 0;
 
     for (int i = 0; i < n; i++)
         json_array_append_new(list, json_pack("{s:s, s:I, s:o, s:s}", "name", files[i].name, "bytes",
                                               (json_int_t)files[i].bytes, "checksum", hex(files[i].crc32),
                                               "checksum_kind", "crc32"));
+    for (int i = 0; i < info->n_skipped; i++) json_array_append_new(skipped, json_integer(info->skipped[i]));
     json_t *root =
-        json_pack("{s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:[]}", "format", FORMAT, "step", (json_int_t)info->step,
+        json_pack("{s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:o}", "format", FORMAT, "step", (json_int_t)info->step,
                   "tokens", (json_int_t)info->tokens, "config", info->config, "files", list, "corpus",
-                  named_by_crc(info->corpus_crc32), "tokenizer", named_by_crc(info->tokenizer_crc32), "skipped");
+                  named_by_crc(info->corpus_crc32), "tokenizer", named_by_crc(info->tokenizer_crc32), "skipped",
+                  skipped);
     if (!root) return sel_fail(SEL_EUSER, "%s: the settings cannot be saved: they are not UTF-8", folder);
 
     char *text = NULL;
@@ -196,6 +198,24 @@ static sel_status parse_file(sel_step_file *file, json_t *value, const char *pat
     return SEL_OK;
 }
 
+/* Steps in ascending order; absent where another tool has written the manifest. */
+static sel_status parse_skipped(sel_manifest *m, const json_t *list, const char *path)
+{
+    const size_t n = json_array_size(list);
+
+    if (!list || n == 0) return SEL_OK;
+    m->skipped = malloc(n * sizeof *m->skipped);
+    if (!m->skipped) return sel_fail(SEL_ENOMEM, "%s: out of memory", path);
+    for (size_t i = 0; i < n; i++) {
+        const json_t *step = json_array_get(list, i);
+        m->skipped[i] = json_integer_value(step);
+        if (!json_is_integer(step) || m->skipped[i] < 1 || (i > 0 && m->skipped[i] <= m->skipped[i - 1]))
+            return sel_fail(SEL_EFILE, "%s: skipped is no list of steps in ascending order", path);
+    }
+    m->n_skipped = (int)n;
+    return SEL_OK;
+}
+
 static bool has_file(const sel_step_file *files, int n, const char *name)
 {
     for (int i = 0; i < n; i++)
@@ -248,6 +268,7 @@ static sel_status parse_manifest(sel_manifest *m, sel_step_file *files, int *n, 
     }
     if (!has_file(files, *n, SEL_STEP_MODEL) || !has_file(files, *n, SEL_STEP_OPTIMIZER))
         return sel_fail(SEL_EFILE, "%s: files: %s or %s is not among them", path, SEL_STEP_MODEL, SEL_STEP_OPTIMIZER);
+    SEL_TRY(parse_skipped(m, json_object_get(root, "skipped"), path));
     m->config = strdup(config);
     return m->config ? SEL_OK : sel_fail(SEL_ENOMEM, "%s: out of memory", path);
 }
@@ -279,6 +300,7 @@ sel_status sel_step_read_manifest(sel_manifest *m, sel_step_file files[SEL_STEP_
 void sel_manifest_free(sel_manifest *m)
 {
     free(m->config);
+    free(m->skipped);
     *m = (sel_manifest){0};
 }
 

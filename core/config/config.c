@@ -171,6 +171,9 @@ static sel_status check_together(const loader *l)
         return fail_between(l, "attention.memory_loss.epsilon", "attention.kind",
                             "attention.memory_loss.epsilon (%g) needs attention.kind selective, not standard",
                             c->attention.memory_loss.epsilon);
+    if (c->attention.selection.source == SEL_SOURCE_BILINEAR && c->attention.kind != SEL_KIND_SELECTIVE)
+        return fail_between(l, "attention.selection.source", "attention.kind",
+                            "attention.selection.source bilinear needs attention.kind selective, not standard");
 
     int64_t tokens;
     const bool too_many = __builtin_mul_overflow(c->train.steps, c->train.batch, &tokens) ||
@@ -278,25 +281,42 @@ sel_status sel_config_help(char **text)
     return finish_text(out, &buffer, text);
 }
 
-sel_status sel_config_same_model(const sel_config *old, const sel_config *now)
+/* "key: old -> new" for each key, of the model or of all, that differs; freed by the caller. */
+static sel_status list_differences(const sel_config *old, const sel_config *now, bool model, int *n, char **list)
 {
     char *buffer = NULL;
     size_t bytes;
     FILE *out;
     SEL_TRY(open_text(&out, &buffer, &bytes));
 
-    int differences = 0;
+    *n = 0;
     for (int i = 0; i < sel_n_keys; i++) {
         const sel_key *k = &sel_keys[i];
-        if (!k->model || sel_key_equal(k, old, now)) continue;
-        fprintf(out, "%s%s: ", differences++ ? ", " : "", k->key);
+        if ((model && !k->model) || sel_key_equal(k, old, now)) continue;
+        fprintf(out, "%s%s: ", (*n)++ ? ", " : "", k->key);
         sel_key_print(out, k, old);
         fputs(" -> ", out);
         sel_key_print(out, k, now);
     }
+    return finish_text(out, &buffer, list);
+}
+
+sel_status sel_config_same_model(const sel_config *old, const sel_config *now)
+{
     char *list = NULL;
-    SEL_TRY(finish_text(out, &buffer, &list));
-    const sel_status rc = differences ? sel_fail(SEL_EUSER, "the model is not the checkpoint's: %s", list) : SEL_OK;
+    int n;
+    SEL_TRY(list_differences(old, now, true, &n, &list));
+    const sel_status rc = n ? sel_fail(SEL_EUSER, "the model is not the checkpoint's: %s", list) : SEL_OK;
+    free(list);
+    return rc;
+}
+
+sel_status sel_config_same(const sel_config *first, const sel_config *mine)
+{
+    char *list = NULL;
+    int n;
+    SEL_TRY(list_differences(first, mine, false, &n, &list));
+    const sel_status rc = n ? sel_fail(SEL_EUSER, "the ranks were given different settings: %s", list) : SEL_OK;
     free(list);
     return rc;
 }

@@ -10,14 +10,15 @@
 #include "core/base/file.h"
 
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
+typedef enum { SEL_SOURCE_HEAD0, SEL_SOURCE_BILINEAR } sel_selection_source;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS, SEL_BACKEND_AUTO } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
-typedef enum { SEL_ON_NAN_STOP } sel_on_nan;
+typedef enum { SEL_ON_NAN_STOP, SEL_ON_NAN_SKIP } sel_on_nan;
 
 typedef struct sel_config {
     struct {
         char dir[SEL_PATH_MAX];
-        int64_t seed;
+        int64_t seed, restarts;
     } run;
     struct {
         int64_t d, width, layers, heads, kv_heads, head_width, ffn_width, context;
@@ -25,7 +26,10 @@ typedef struct sel_config {
     } model;
     struct {
         sel_attention_kind kind;
-        struct { bool relu, protect_bos, protect_self, shift; } selection;
+        struct {
+            bool relu, protect_bos, protect_self, shift;
+            sel_selection_source source;
+        } selection;
         struct { double epsilon, tau; } memory_loss;
     } attention;
     struct {
@@ -47,6 +51,7 @@ typedef struct sel_config {
     struct {
         struct { int64_t data, sequence; } mesh;   /* data 0: auto */
         sel_on_nan on_nan;
+        int64_t nan_rollback, watchdog_seconds;   /* watchdog_seconds 0: off */
     } dist;
     struct {
         int64_t threads;                      /* 0: what the binding allows */
@@ -73,5 +78,8 @@ sel_status sel_config_help(char **text);
    attention.* but for memory_loss; data and tokenizer are compared by hash): SEL_EUSER listing "key: old -> new" for
    each difference. */
 sel_status sel_config_same_model(const sel_config *old, const sel_config *now);
+
+/* SEL_EUSER listing "key: first -> mine" for each key of any kind that differs. */
+sel_status sel_config_same(const sel_config *first, const sel_config *mine);
 
 #endif

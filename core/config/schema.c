@@ -20,6 +20,8 @@ const sel_key sel_keys[] = {
     {"run.dir", SEL_KEY_TEXT, AT(run.dir), .preset = "", .help = "folder of the run; train needs it"},
     {"run.seed", SEL_KEY_INT, AT(run.seed), .max = SEED_MAX, .preset = "0",
      .help = "of initial weights and data order"},
+    {"run.restarts", SEL_KEY_INT, AT(run.restarts), .max = 1e6, .preset = "3",
+     .help = "how often `selectra launch` starts a failed job again"},
 
     {"model.d", SEL_KEY_INT, AT(model.d), .max = 1024, .preset = "0",
      .help = "size: sets the defaults of the other sizes; 0: each is given"},
@@ -50,8 +52,8 @@ const sel_key sel_keys[] = {
      .model = true, .help = "a token does not mask itself"},
     {"attention.selection.shift", SEL_KEY_BOOL, AT(attention.selection.shift), .preset = "true", .model = true,
      .help = "masking acts on later rows only"},
-    {"attention.selection.source", SEL_KEY_WORD, NO_FIELD, .preset = "head0", .choices = "head0", .later = "bilinear",
-     .help = "what makes the selection"},
+    {"attention.selection.source", SEL_KEY_CHOICE, AT(attention.selection.source), .preset = "head0",
+     .choices = "head0|bilinear", .model = true, .help = "what selects: head 0, or projections of its own"},
     {"attention.memory_loss.epsilon", SEL_KEY_NUMBER, AT(attention.memory_loss.epsilon), .max = 1e6, .preset = "0",
      .help = "weight of the memory loss; 0: none"},
     {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6, .preset = "1",
@@ -109,10 +111,12 @@ const sel_key sel_keys[] = {
     {"dist.zero", SEL_KEY_INT, NO_FIELD, .preset = "0", .later = "*", .help = "stage of sharded optimizer state"},
     {"dist.virtual_ranks", SEL_KEY_INT, NO_FIELD, .preset = "0", .later = "*",
      .help = "leaves of a fixed reduction tree; 0: off"},
-    {"dist.on_nan", SEL_KEY_CHOICE, AT(dist.on_nan), .preset = "stop", .choices = "stop", .later = "skip",
-     .help = "when a loss or gradient is not finite"},
-    {"dist.watchdog_seconds", SEL_KEY_INT, NO_FIELD, .preset = "0", .later = "*",
-     .help = "seconds after which a stuck rank ends the job; 0: never"},
+    {"dist.on_nan", SEL_KEY_CHOICE, AT(dist.on_nan), .preset = "stop", .choices = "stop|skip",
+     .help = "when a loss or gradient is not finite: end, or leave the batch out"},
+    {"dist.nan_rollback", SEL_KEY_INT, AT(dist.nan_rollback), .min = 1, .max = 1e6, .preset = "5",
+     .help = "batches left out in a row that roll back to the last checkpoint"},
+    {"dist.watchdog_seconds", SEL_KEY_INT, AT(dist.watchdog_seconds), .max = 1e6, .preset = "300",
+     .help = "seconds without progress after which a stuck rank ends the job; 0: never"},
 
     {"compute.threads", SEL_KEY_INT, AT(compute.threads), .max = 4096, .preset = "0",
      .help = "threads a rank; 0: what the binding allows"},
@@ -127,8 +131,9 @@ const sel_key sel_keys[] = {
 const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);
 
 _Static_assert(sizeof sel_keys / sizeof *sel_keys <= SEL_KEYS_MAX, "SEL_KEYS_MAX is too small");
-_Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_backend_name) == sizeof(int) &&
-                   sizeof(sel_precision) == sizeof(int) && sizeof(sel_on_nan) == sizeof(int),
+_Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_selection_source) == sizeof(int) &&
+                   sizeof(sel_backend_name) == sizeof(int) && sizeof(sel_precision) == sizeof(int) &&
+                   sizeof(sel_on_nan) == sizeof(int),
                "fields of choices are read and written as int");
 
 int sel_key_find(const char *key)

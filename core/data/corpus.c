@@ -232,18 +232,20 @@ void sel_corpus_close(sel_corpus **out)
     *out = NULL;
 }
 
+static sel_status check_id(const sel_corpus *c, const shard *s, int64_t i, int32_t id)
+{
+    if (id >= 0 && id < c->vocab) return SEL_OK;
+    return sel_fail(SEL_EFILE, "%s/%s: token %" PRId64 " is %" PRIu32 ", the vocabulary has %" PRId64, c->dir, s->file,
+                    i, (uint32_t)id, c->vocab);
+}
+
 sel_status sel_corpus_verify(const sel_corpus *c)
 {
     for (int64_t i = 0; i < c->n_shards; i++) {
         const shard *s = &c->shards[i];
         if (crc32_z(0, s->ids, s->ids ? (size_t)(s->tokens * c->token_bytes) : 0) != s->crc32)
             return sel_fail(SEL_EFILE, "%s/%s: damaged, its checksum differs from index.json's", c->dir, s->file);
-        for (int64_t j = 0; j < s->tokens; j++) {
-            const int32_t id = id_at(c, s, j);
-            if (id < 0 || id >= c->vocab)
-                return sel_fail(SEL_EFILE, "%s/%s: token %" PRId64 " is %" PRIu32 ", the vocabulary has %" PRId64,
-                                c->dir, s->file, j, (uint32_t)id, c->vocab);
-        }
+        for (int64_t j = 0; j < s->tokens; j++) SEL_TRY(check_id(c, s, j, id_at(c, s, j)));
     }
     return check_documents(c, true);
 }
@@ -279,7 +281,7 @@ static const shard *find_shard(const sel_corpus *c, int64_t position)
     return &c->shards[low];
 }
 
-int64_t sel_corpus_window(const sel_corpus *c, int64_t N, int64_t w, int32_t *out)
+sel_status sel_corpus_window(const sel_corpus *c, int64_t N, int64_t w, int32_t *out, int64_t *targets)
 {
     SEL_ASSERT(N >= 1 && w >= 0 && w <= c->tokens / N);
     const int64_t from = w * N;
@@ -290,7 +292,9 @@ int64_t sel_corpus_window(const sel_corpus *c, int64_t N, int64_t w, int32_t *ou
     for (int64_t i = 0; i < n; i++) {
         while (from + i >= s->first + s->tokens) s++;
         out[1 + i] = id_at(c, s, from + i - s->first);
+        SEL_TRY(check_id(c, s, from + i - s->first, out[1 + i]));
     }
     for (int64_t i = n; i < N; i++) out[1 + i] = -1;
-    return n;
+    if (targets) *targets = n;
+    return SEL_OK;
 }

@@ -35,9 +35,10 @@ int64_t     sel_corpus_shards(const sel_corpus *c);
 int64_t sel_corpus_windows(const sel_corpus *c, int64_t N);
 int64_t sel_corpus_tail(const sel_corpus *c, int64_t N);
 
-/* BOS and the window's tokens into out[N + 1]; returns how many targets it has: N, or the tail's count for
-   window index == sel_corpus_windows (the rest of out is filled with -1). */
-int64_t sel_corpus_window(const sel_corpus *c, int64_t N, int64_t w, int32_t *out);
+/* BOS and the window's tokens into out[N + 1]; *targets (may be NULL) says how many it has: N, or the tail's count for
+   window index == sel_corpus_windows (the rest of out is filled with -1).  SEL_EFILE names the shard and the place of
+   an id outside the vocabulary. */
+sel_status sel_corpus_window(const sel_corpus *c, int64_t N, int64_t w, int32_t *out, int64_t *targets);
 
 /* The window that sample (seed, step, index) of a run reads: step from 1, index in [0, batch); a seeded
    permutation of the windows per epoch.  windows >= 1. */

@@ -12,14 +12,15 @@ typedef struct {
     int32_t bos;
 } stream;
 
-/* BOS and the targets of window w into out[N + 1]; returns their count. */
-static int64_t read_window(const stream *s, int64_t w, int32_t *out)
+/* BOS and the targets of window w into out[N + 1]; *targets is their count. */
+static sel_status read_window(const stream *s, int64_t w, int32_t *out, int64_t *targets)
 {
-    if (s->corpus) return sel_corpus_window(s->corpus, s->N, w, out);
+    if (s->corpus) return sel_corpus_window(s->corpus, s->N, w, out, targets);
     const int64_t begin = w * s->N, n = s->n_ids - begin < s->N ? s->n_ids - begin : s->N;
     out[0] = s->bos;
     memcpy(out + 1, s->ids + begin, (size_t)n * sizeof *out);
-    return n;
+    *targets = n;
+    return SEL_OK;
 }
 
 /* Scores `count` windows of n targets each that start at window w; rows of tokens are n + 1 apart. */
@@ -49,17 +50,15 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
     if (!tokens || !logp) rc = sel_fail(SEL_ENOMEM, "no memory for a batch of %lld windows", (long long)job->batch);
     for (int64_t w = begin; rc == SEL_OK && w < end;) {
         int64_t count = 0, n = N;
-        while (count < job->batch && w + count < end) {
-            n = read_window(s, w + count, tokens + count * (N + 1));
+        while (rc == SEL_OK && count < job->batch && w + count < end) {
+            rc = read_window(s, w + count, tokens + count * (N + 1), &n);
             if (n < N) break;
             count++;
         }
-        if (count) rc = score_batch(job, w, count, N, tokens, logp, sum);
+        if (rc == SEL_OK && count) rc = score_batch(job, w, count, N, tokens, logp, sum);
         w += count;
-        if (rc == SEL_OK && n < N && n > 0) {
-            read_window(s, w, tokens);
-            rc = score_batch(job, w, 1, n, tokens, logp, sum);
-        }
+        if (rc == SEL_OK && n < N && n > 0) rc = read_window(s, w, tokens, &n);
+        if (rc == SEL_OK && n < N && n > 0) rc = score_batch(job, w, 1, n, tokens, logp, sum);
         if (n < N) w++;
         if (job->progress) job->progress(job->ctx, w - begin, end - begin);
     }

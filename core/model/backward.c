@@ -1,4 +1,5 @@
 /* backward.c: the gradient of one micro-batch, by hand, from the last layer to the first. */
+#include "core/base/pulse.h"
 #include "core/model/plan.h"
 
 #include <string.h>
@@ -31,9 +32,10 @@ static const void *qkv_gradient(sel_model *m, const float *params, float *grads,
                            params + o->q_norm, m->partial, T, d->H, d->dh, m->opt.threads);
     ops->headnorm_backward(dk, rounded, row, grads + o->k_norm, m->dqkv + q, row, k->qkv + q, row, k->rstd_k,
                            params + o->k_norm, m->partial, T, d->Hkv, d->dh, m->opt.threads);
-    if (rounded) ops->round_rows(m->dqkv16 + q + kv, row, m->dqkv + q + kv, row, T, kv, m->opt.threads);
+    /* v, and the selection's own projections behind it */
+    if (rounded) ops->round_rows(m->dqkv16 + q + kv, row, m->dqkv + q + kv, row, T, row - q - kv, m->opt.threads);
     sel_profile_lap(m->opt.profile, SEL_PART_QK_NORM_BACKWARD, 0.0,
-                    (double)T * (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)kv : 12.0 * (double)(q + kv)));
+                    (double)T * (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)(row - q - kv) : 12.0 * (double)(q + kv)));
     return dq;
 }
 
@@ -73,6 +75,8 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
         .dq = m->dqkv, .dq_seq = n * qkv_row, .dq_row = qkv_row,
         .dk = m->dqkv + q, .dk_seq = n * qkv_row, .dk_row = qkv_row,
         .dv = m->dqkv + qk_row, .dv_seq = n * qkv_row, .dv_row = qkv_row,
+        .dsel_q = m->dqkv + sel_column(d), .dsel_q_seq = n * qkv_row, .dsel_q_row = qkv_row,
+        .dsel_k = m->dqkv + sel_column(d) + sel_width(d), .dsel_k_seq = n * qkv_row, .dsel_k_row = qkv_row,
         .memory_coef = (float)(memory_scale / ((double)(d->L * n) * m->opt.attention.tau)),
     };
     ops->attention_backward(&a, &g);
@@ -111,10 +115,12 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool
     SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
     if (!add) clear_sums(m, grads);
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
+    sel_pulse_phase("backward", -1);
     SEL_TRY(sel_model_head(m, params, grads, add, batch * n, loss_scale, NULL, NULL, stats));
     if (ready) ready(ctx, o->final_norm, o->total);
     for (int64_t l = d->L - 1; l >= 0; l--) {
         SEL_TRY(backward_layer(m, params, grads, add, l, batch, n, memory_scale));
+        sel_pulse_tick();
         if (ready) {
             ready(ctx, o->layers[l].begin, l + 1 < d->L ? o->layers[l + 1].begin : o->final_norm);
             sel_profile_lap(m->opt.profile, SEL_PART_REDUCE, 0.0, 0.0);

@@ -1,4 +1,5 @@
 /* forward.c: tokens to the residual stream after the last layer; scoring; decoding with a cache. */
+#include "core/base/pulse.h"
 #include "core/model/plan.h"
 
 #include <string.h>
@@ -9,6 +10,7 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     const sel_attention_options *o = &m->opt.attention;
     const sel_kept *k = &m->kept[l];
     const int64_t qk_row = q_width(d) + kv_width(d), qkv_row = qkv_width(d), q_row = q_width(d);
+    const float *const sel_q = d->bilinear ? k->qkv + sel_column(d) : NULL;
 
     return (sel_attention){
         .B = batch, .heads = d->H, .kv_heads = d->Hkv, .dh = d->dh, .i0 = 0, .i1 = n,
@@ -17,6 +19,8 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
         .q = m->qk, .q_seq = n * qk_row, .q_row = qk_row,
         .k = m->qk + q_row, .k_seq = n * qk_row, .k_row = qk_row,
         .v = k->qkv + q_row + kv_width(d), .v_seq = n * qkv_row, .v_row = qkv_row,
+        .sel_q = sel_q, .sel_q_seq = n * qkv_row, .sel_q_row = qkv_row,
+        .sel_k = d->bilinear ? sel_q + sel_width(d) : NULL, .sel_k_seq = n * qkv_row, .sel_k_row = qkv_row,
         .out = k->att, .out_seq = n * q_row, .out_row = q_row,
         .lse = k->lse, .saved = k->saved,
         .bfloat16 = m->opt.bfloat16,
@@ -47,11 +51,11 @@ void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64
                     8.0 * (double)(rows * qk_row));
 }
 
-/* Attention over the cached tokens and n new ones: their k and v join the cache, F goes on from the carry. */
+/* Attention over the cached tokens and n new ones: their k, v and sel_k join the cache, F goes on from the carry. */
 static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
 {
     const sel_dims *d = &m->layout->dims;
-    const int64_t kv = kv_width(d), past = m->cached;
+    const int64_t kv = kv_width(d), sel = sel_width(d), past = m->cached;
     sel_attention a = sel_model_attention(m, l, batch, n);
 
     for (int64_t b = 0; b < batch; b++)
@@ -59,6 +63,9 @@ static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
             const int64_t to = (b * d->N + past + i) * kv;
             memcpy(m->k_cache[l] + to, a.k + b * a.k_seq + i * a.k_row, (size_t)kv * sizeof(float));
             memcpy(m->v_cache[l] + to, a.v + b * a.v_seq + i * a.v_row, (size_t)kv * sizeof(float));
+            if (d->bilinear)
+                memcpy(m->sel_k_cache[l] + (b * d->N + past + i) * sel, a.sel_k + b * a.sel_k_seq + i * a.sel_k_row,
+                       (size_t)sel * sizeof(float));
         }
     a.i0 = past;
     a.i1 = past + n;
@@ -66,6 +73,9 @@ static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
     a.v = m->v_cache[l];
     a.k_seq = a.v_seq = d->N * kv;
     a.k_row = a.v_row = kv;
+    a.sel_k = m->sel_k_cache[l];
+    a.sel_k_seq = d->N * sel;
+    a.sel_k_row = sel;
     a.carry_in = a.carry_out = m->carry[l];
     a.carry_seq = d->N;
     a.tau = 0.0;
@@ -123,7 +133,10 @@ sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, i
     m->opt.ops->embed_forward(m->kept[0].x_in, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed,
                               batch * n, n, m->cached, d->D, pass_threads(m, batch * n));
     sel_profile_lap(m->opt.profile, SEL_PART_EMBED, 0.0, (double)(batch * n * d->D) * 12.0);
-    for (int64_t l = 0; l < d->L; l++) SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
+    for (int64_t l = 0; l < d->L; l++) {
+        SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
+        sel_pulse_tick();
+    }
     *memory = needed / (double)(d->L * n);
     return SEL_OK;
 }

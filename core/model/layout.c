@@ -13,7 +13,8 @@ sel_dims sel_dims_of(const sel_config *c, int64_t vocab)
 {
     return (sel_dims){ .V = c->model.vocab ? c->model.vocab : vocab, .N = c->model.context, .D = c->model.width,
                        .L = c->model.layers, .H = c->model.heads, .Hkv = c->model.kv_heads,
-                       .dh = c->model.head_width, .F = c->model.ffn_width };
+                       .dh = c->model.head_width, .F = c->model.ffn_width,
+                       .bilinear = c->attention.selection.source == SEL_SOURCE_BILINEAR };
 }
 
 static void align(sel_layout *l)
@@ -65,6 +66,10 @@ static void append_layer(sel_layout *l, int64_t index)
     o->qkv = append_matrix(l, NAME("attn.q_proj.weight"), d->H * d->dh, d->D, 1.0);
     append_matrix(l, NAME("attn.k_proj.weight"), d->Hkv * d->dh, d->D, 1.0);
     append_matrix(l, NAME("attn.v_proj.weight"), d->Hkv * d->dh, d->D, 1.0);
+    if (d->bilinear) {
+        append_matrix(l, NAME("attn.sel_q.weight"), d->dh, d->D, 1.0);
+        append_matrix(l, NAME("attn.sel_k.weight"), d->dh, d->D, 1.0);
+    }
     align(l);
     o->o_proj = append_matrix(l, NAME("attn.o_proj.weight"), d->D, d->H * d->dh, residual);
     o->q_norm = append_scale(l, NAME("attn.q_norm.weight"), d->dh);
@@ -86,7 +91,7 @@ sel_status sel_layout_new(sel_layout **out, const sel_dims *dims)
     *out = NULL;
     if (l) {
         l->dims = *dims;
-        l->tensors = calloc((size_t)(4 + 11 * dims->L), sizeof *l->tensors);
+        l->tensors = calloc((size_t)(4 + (dims->bilinear ? 13 : 11) * dims->L), sizeof *l->tensors);
         l->layers = calloc((size_t)dims->L, sizeof *l->layers);
     }
     if (!l || !l->tensors || !l->layers) {

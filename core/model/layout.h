@@ -14,6 +14,7 @@
 /* The sizes of spec, section 7. */
 typedef struct {
     int64_t V, N, D, L, H, Hkv, dh, F;
+    bool bilinear;          /* selection has projections of its own, sel_q and sel_k */
 } sel_dims;
 
 typedef struct {
@@ -25,8 +26,8 @@ typedef struct {
     bool decay;             /* weight decay applies */
 } sel_tensor;
 
-/* Offsets of one layer's tensors; qkv is q_proj, k_proj, v_proj as one matrix
-   [(H + 2 Hkv) dh][D], gate_up is gate_proj, up_proj as one [2 F][D]. */
+/* Offsets of one layer's tensors; qkv is q_proj, k_proj, v_proj (and sel_q, sel_k) as one
+   matrix [(H + 2 Hkv (+ 2)) dh][D], gate_up is gate_proj, up_proj as one [2 F][D]. */
 typedef struct {
     int64_t attn_norm, qkv, o_proj, q_norm, k_norm, ffn_norm, gate_up, down_proj;
     int64_t begin, end;     /* the layer's stretch of the array */

@@ -156,6 +156,7 @@ static void plan_memory(sel_model *m, arena *a)
     for (int64_t l = 0; m->opt.use == SEL_USE_DECODE && l < d->L; l++) {
         m->k_cache[l] = floats(a, b * d->N * kv_width(d));
         m->v_cache[l] = floats(a, b * d->N * kv_width(d));
+        if (d->bilinear) m->sel_k_cache[l] = floats(a, b * d->N * sel_width(d));
         m->carry[l] = floats(a, b * d->N);
     }
 }
@@ -191,7 +192,8 @@ sel_status sel_model_new(sel_model **out, const sel_layout *layout, const sel_mo
     sel_model *m = calloc(1, sizeof *m);
 
     *out = NULL;
-    SEL_ASSERT(o->tokens <= layout->dims.N && o->batch > 0 && o->threads > 0);
+    SEL_ASSERT(o->tokens <= layout->dims.N && o->batch > 0 && o->threads > 0 &&
+               (o->attention.selective || !layout->dims.bilinear));
     if (m) {
         m->layout = layout;
         m->opt = *o;
@@ -199,9 +201,10 @@ sel_status sel_model_new(sel_model **out, const sel_layout *layout, const sel_mo
         m->kept = calloc(L, sizeof *m->kept);
         m->k_cache = calloc(L, sizeof *m->k_cache);
         m->v_cache = calloc(L, sizeof *m->v_cache);
+        m->sel_k_cache = calloc(L, sizeof *m->sel_k_cache);
         m->carry = calloc(L, sizeof *m->carry);
     }
-    if (!m || !m->linears || !m->kept || !m->k_cache || !m->v_cache || !m->carry) {
+    if (!m || !m->linears || !m->kept || !m->k_cache || !m->v_cache || !m->sel_k_cache || !m->carry) {
         rc = sel_fail(SEL_ENOMEM, "no memory for the tables of a model of %zu layers", L);
         goto fail;
     }
@@ -238,6 +241,7 @@ void sel_model_free(sel_model **model)
     free(m->kept);
     free(m->k_cache);
     free(m->v_cache);
+    free(m->sel_k_cache);
     free(m->carry);
     free(m);
     *model = NULL;

@@ -45,7 +45,8 @@ typedef struct {
 /* The attention options that a configuration asks for. */
 sel_attention_options sel_attention_options_of(const sel_config *c);
 
-/* The layout must outlive the model.  SEL_ENOMEM when its memory is not to be had. */
+/* The layout must outlive the model; projections for the selection (dims.bilinear) need attention.selective.
+   SEL_ENOMEM when its memory is not to be had. */
 sel_status sel_model_new(sel_model **m, const sel_layout *layout, const sel_model_options *o);
 void       sel_model_free(sel_model **m);
 

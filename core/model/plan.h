@@ -12,7 +12,7 @@
 typedef struct {
     float *x_in;      /* [T][D]   residual stream coming in */
     float *rstd1;     /* [T]      of the attention norm */
-    float *qkv;       /* [T][(H + 2 Hkv) dh]   before the q/k norm */
+    float *qkv;       /* [T][qkv_width]   q, k (before their norm), v; sel_q, sel_k where the layer has them */
     float *rstd_q;    /* [T][H]   of the q norm */
     float *rstd_k;    /* [T][Hkv] */
     float *att;       /* [T][H dh]   attention's output */
@@ -48,7 +48,7 @@ struct sel_model {
     uint16_t *h16;                /* [T][D]   a norm's output as bfloat16; these four only where operands are */
     uint16_t *att16;              /* [T][H dh] */
     uint16_t *logits16;           /* [logit_rows][V]   gradient */
-    uint16_t *dx16, *dqkv16;      /* [T][D]: dx rounded; [T][(H + 2 Hkv) dh] */
+    uint16_t *dx16, *dqkv16;      /* [T][D]: dx rounded; [T][qkv_width] */
     float *logits;                /* [logit_rows][V] */
     int64_t logit_rows;
     double *logp;                 /* [logit_rows] */
@@ -59,7 +59,7 @@ struct sel_model {
 
     /* training */
     float *dx, *dh;               /* [T][D] */
-    float *dqkv;                  /* [T][(H + 2 Hkv) dh] */
+    float *dqkv;                  /* [T][qkv_width] */
     float *datt;                  /* [T][H dh] */
     void *dgu;                    /* [T][2 F], an operand */
     float *da;                    /* [T][F] */
@@ -67,6 +67,7 @@ struct sel_model {
 
     /* decoding */
     float **k_cache, **v_cache;   /* [L] of [batch][N][Hkv dh] */
+    float **sel_k_cache;          /* [L] of [batch][N][dh], where the selection has projections of its own */
     float **carry;                /* [L] of [batch][N]: F of each cached token */
     int64_t cached;
 };
@@ -74,15 +75,18 @@ struct sel_model {
 /* The widths that come up everywhere. */
 static inline int64_t q_width(const sel_dims *d) { return d->H * d->dh; }
 static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
-static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }
+static inline int64_t sel_width(const sel_dims *d) { return d->bilinear ? d->dh : 0; }
+static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d) + 2 * sel_width(d); }
+static inline int64_t sel_column(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }   /* sel_q's in qkv */
 
 /* Rows of logits that exist at once in a call over `rows` rows.  (model.c) */
 int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows);
 
-/* FLOPs of attention forward: causal products (spec, section 16); kernels' backward does 2.5 times that. */
+/* FLOPs of attention forward: causal products (spec, section 16), two a head; the selection's own logits are one more.
+   Kernels' backward does 2.5 times that. */
 static inline double attention_flops(const sel_dims *d, int64_t batch, int64_t n)
 {
-    return 4.0 * (double)q_width(d) * (double)n * (double)(n + 1) / 2.0 * (double)batch;
+    return (4.0 * (double)q_width(d) + 2.0 * (double)sel_width(d)) * (double)n * (double)(n + 1) / 2.0 * (double)batch;
 }
 
 /* Threads for the passes over `rows` rows: one where waking another costs more than it takes over (decoding). */

@@ -96,10 +96,11 @@ static json_t *make_entry(const sel_provenance *p)
         snprintf(digits, sizeof digits, "%" PRIu64, p->seed);
         seed = json_string(digits);
     }
-    return json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+    return json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o,"
+                     " s:o}",
                      "time", now, "program", text(p->program), "commit", text(p->commit), "compiler", text(p->compiler),
-                     "build", text(p->build), "command", text(p->command), "libraries", libraries, "ranks", p->ranks,
-                     "threads", p->threads, "hosts", p->hosts, "host_names", list(p->host_names), "processor",
+                     "build", text(p->build), "command", text(p->command), "libraries", libraries, "precision",
+                     text(p->precision), "ranks", p->ranks, "threads", p->threads, "hosts", p->hosts, "host_names", list(p->host_names), "processor",
                      text(p->cpu), "processor_level", text(p->cpu_level), "kernel", text(kernel), "environment",
                      environment(), "seed", seed, "resumed_from",
                      p->resumed_from < 0 ? json_null() : json_integer(p->resumed_from), "corpus_crc32",

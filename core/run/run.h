@@ -41,7 +41,7 @@ sel_status sel_run_metrics(sel_run *r, const sel_metrics *m);
    (a JSON array, rewritten whole and durably). */
 typedef struct {
     const char *program, *commit, *compiler, *build;   /* "selectra 0.1.0", git commit, gcc's name, build type */
-    const char *mpi, *linear, *cpu, *cpu_level;
+    const char *mpi, *linear, *precision, *cpu, *cpu_level;
     int ranks, threads, hosts;
     const char *host_names;                             /* comma separated */
     const char *command;

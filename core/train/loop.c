@@ -8,8 +8,10 @@
 #include <zlib.h>
 #include "core/base/clock.h"
 #include "core/base/fault.h"
+#include "core/base/pulse.h"
 #include "core/infer/score.h"
 #include "core/train/trainer.h"
+#include "dist/watchdog.h"
 
 /* Replicas that drift apart are found within this many steps, and before every save. */
 enum { COMPARE_EVERY = 100 };
@@ -19,6 +21,7 @@ typedef struct {
     int64_t log_step, log_tokens;          /* where the last logged interval ended */
     double paused;                         /* seconds of saving and validating since then: not training */
     int64_t saved_step;                    /* -1: none in this run folder yet */
+    bool save_owed;                        /* one was due while steps were not finite */
 } pace;
 
 static bool is_first(const sel_trainer *t) { return sel_comm_rank(t->comm) == 0; }
@@ -32,22 +35,38 @@ static sel_status compare_replicas(sel_trainer *t)
                     "before they are saved", t->step, sel_comm_rank(t->comm), (unsigned)crc);
 }
 
+/* A state that no longer counts must not take the place of one that does. */
+static sel_status finite_weights(const sel_trainer *t)
+{
+    if (isfinite(t->ops.sum_squares(t->params, t->layout->total, t->threads))) return SEL_OK;
+    return sel_fail(SEL_ENUM, "step %" PRId64 ": the weights are not finite; stopping before they are saved", t->step);
+}
+
 static sel_status save(sel_trainer *t, pace *p)
 {
     const double begun = sel_now();
     char *yaml = NULL;
     sel_checkpoint_info info = { .step = t->step, .tokens = t->tokens_seen, .corpus_crc32 = sel_corpus_crc32(t->train),
-                                 .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer) };
+                                 .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer), .skipped = t->skipped,
+                                 .n_skipped = t->n_skipped };
 
+    sel_pulse_phase("save", t->step);
     SEL_TRY(compare_replicas(t));
+    SEL_TRY(sel_comm_agree(t->comm, finite_weights(t)));
     SEL_TRY(sel_comm_agree(t->comm, sel_config_emit(t->config, &yaml)));
     info.config = yaml;
     info.tokenizer = sel_tokenizer_bytes(t->tokenizer, &info.tokenizer_bytes);
     const sel_status rc = sel_checkpoint_save(t->comm, t->checkpoints, t->layout, &info, t->params, t->exp_avg,
                                               t->exp_avg_sq, t->config->checkpoint.keep);
     free(yaml);
-    SEL_TRY(rc);
+    if (rc != SEL_OK) {
+        char why[1024];
+        snprintf(why, sizeof why, "%s", sel_error());
+        return sel_fail(rc, "saving step %" PRId64 ": %s", t->step, why);
+    }
     p->saved_step = t->step;
+    p->save_owed = false;
+    if (t->n_skipped && t->step > t->skipped[t->n_skipped - 1]) t->rolled_back = false;
     p->last_save = sel_now();
     p->paused += p->last_save - begun;
     return SEL_OK;
@@ -113,22 +132,35 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
 
 static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
-/* What follows a step: validation, its row, a check of the replicas, a checkpoint. */
+/* What follows a step: validation, its row, a check of the replicas, a checkpoint.  s is NULL after a step that was left
+   out. */
 static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, bool last)
 {
     const sel_config *c = t->config;
-    const bool train_row = due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1;
+    const bool train_row = s && (due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1);
     sel_metrics row = { 0 };
 
-    if (t->validation && !s->signal && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
+    if (t->validation && !(s && s->signal) && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
         SEL_TRY(validate(t, p, &row));
     if (is_first(t) && (train_row || row.val_tokens)) {
         const sel_status rc = log_step(t, p, s, &row, train_row);
         if (rc != SEL_OK) sel_comm_die(t->comm, "writing the metrics");
     }
     if (due(COMPARE_EVERY, t->step)) SEL_TRY(compare_replicas(t));
-    if (last || s->save_due || due(c->checkpoint.every, t->step)) SEL_TRY(save(t, p));
+    if (due(c->checkpoint.every, t->step) || (s && s->save_due)) p->save_owed = true;
+    /* While steps are not finite the weights are in doubt: they do not take the place of the last checkpoint. */
+    if (last || (p->save_owed && t->in_a_row == 0)) SEL_TRY(save(t, p));
     return SEL_OK;
+}
+
+/* After a return to an earlier step the clock of the metrics starts anew. */
+static void restart_pace(const sel_trainer *t, pace *p)
+{
+    p->last_log = sel_now();
+    p->paused = 0.0;
+    p->log_step = t->step;
+    p->log_tokens = t->tokens_seen;
+    p->save_owed = false;
 }
 
 static sel_status run_steps(sel_trainer *t, pace *p, sel_train_result *result)
@@ -138,17 +170,24 @@ static sel_status run_steps(sel_trainer *t, pace *p, sel_train_result *result)
 
     while (t->step < c->train.steps) {
         const bool save_due = is_first(t) && save_seconds > 0.0 && sel_now() - p->last_save >= save_seconds;
-        sel_step_stats s;
-        const sel_status rc = sel_trainer_step(t, save_due, &s);
+        const int64_t before = t->step;
+        sel_step_stats s = { 0 };
 
-        if (rc == SEL_ENUM && is_first(t)) {   /* all ranks are here: leave the event in the metrics */
-            const sel_metrics event = { .step = t->step, .tokens = t->tokens_seen, .event = sel_error(),
-                                        .seconds = sel_now() - p->started };
-            if (sel_run_metrics(t->run, &event) != SEL_OK) sel_comm_die(t->comm, "writing the metrics");
-            return sel_fail(SEL_ENUM, "%s", event.event);
+        if (sel_trainer_leaves_out(t, before + 1)) {
+            sel_trainer_pass(t);
+            SEL_TRY(after_step(t, p, NULL, t->step == c->train.steps));
+            continue;
         }
+        sel_status rc = sel_trainer_step(t, save_due, &s);
+        const bool taken = rc == SEL_OK;
+        if (rc == SEL_ENUM) rc = sel_trainer_skip(t);
         SEL_TRY(rc);
-        SEL_TRY(after_step(t, p, &s, s.signal || t->step == c->train.steps));
+        if (taken) t->in_a_row = 0;
+        if (t->step < before) {
+            restart_pace(t, p);
+            continue;
+        }
+        SEL_TRY(after_step(t, p, taken ? &s : NULL, s.signal || t->step == c->train.steps));
         if (s.signal && t->step < c->train.steps) {
             result->signal = s.signal;
             break;
@@ -183,7 +222,8 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     const sel_train_job *j = t->job;
     const sel_provenance p = {
         .program = j->program, .commit = j->commit, .compiler = j->compiler, .build = j->build,
-        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine), .cpu = sel_cpu_name(),
+        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine),
+        .precision = t->config->train.precision == SEL_PRECISION_BFLOAT16 ? "bfloat16" : "float32", .cpu = sel_cpu_name(),
         .cpu_level = sel_cpu_level_name(t->ops.level), .ranks = sel_comm_size(t->comm), .threads = t->threads,
         .hosts = sel_comm_hosts(t->comm), .host_names = hosts, .command = j->command, .resumed_from = resumed_from,
         .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
@@ -198,7 +238,7 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
-        .linear = p.linear, .mpi = p.mpi,
+        .linear = p.linear, .precision = p.precision, .mpi = p.mpi,
     };
     SEL_TRY(sel_run_provenance(t->run, &p));
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
@@ -216,12 +256,11 @@ static sel_status tell_profile(sel_trainer *t, int64_t steps)
     return sel_run_metrics(t->run, &row);
 }
 
-sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+static sel_status train(const sel_train_job *job, sel_train_result *result)
 {
     sel_trainer t;
     int64_t resumed_from;
 
-    memset(result, 0, sizeof *result);
     SEL_TRY(sel_trainer_open(&t, job, &resumed_from));
     const size_t bytes = (size_t)sel_comm_size(t.comm) * NAME;
     char *const hosts = calloc(1, bytes);
@@ -247,5 +286,18 @@ sel_status sel_train(const sel_train_job *job, sel_train_result *result)
     free(hosts);
     result->step = p.saved_step;
     sel_trainer_close(&t);
+    return rc;
+}
+
+sel_status sel_train(const sel_train_job *job, sel_train_result *result)
+{
+    sel_watchdog *watchdog;
+
+    memset(result, 0, sizeof *result);
+    sel_pulse_phase("start", 0);
+    SEL_TRY(sel_watchdog_open(&watchdog, job->comm, (double)job->config->dist.watchdog_seconds));
+    const sel_status rc = train(job, result);
+    sel_pulse_phase("end", -1);
+    sel_watchdog_close(&watchdog);
     return rc;
 }

@@ -76,6 +76,21 @@ static sel_status open_inputs(sel_trainer *t)
     return SEL_OK;
 }
 
+/* [collective] Every rank must have been given the same settings (mpirun can start ranks with different arguments). */
+static sel_status compare_settings(sel_trainer *t)
+{
+    sel_config *const first = malloc(sizeof *first);
+    if (!first) {
+        sel_fail(SEL_ENOMEM, "no memory for the settings");
+        sel_comm_die(t->comm, "start");
+    }
+    *first = *t->config;
+    sel_comm_bcast(t->comm, first, sizeof *first, 0);
+    const sel_status rc = sel_config_same(first, t->config);
+    free(first);
+    return sel_comm_agree(t->comm, rc);
+}
+
 /* [collective] Every rank must have found the same data under the same names (a host's own disk may differ). */
 static sel_status compare_inputs(sel_trainer *t)
 {
@@ -218,7 +233,7 @@ typedef struct {
 
 /* On rank 0: the newest intact checkpoint of the run, if any, and whether it is of the same model, corpus and
    tokenizer. */
-static sel_status find_own(const sel_trainer *t, found *f)
+static sel_status find_own(sel_trainer *t, found *f)
 {
     sel_manifest m;
     sel_config old;
@@ -245,6 +260,7 @@ static sel_status find_own(const sel_trainer *t, found *f)
     if (rc == SEL_OK && m.step > t->config->train.steps)
         rc = sel_fail(SEL_EUSER, "%s: is at step %" PRId64 " already, beyond train.steps %" PRId64, t->config->run.dir,
                       m.step, t->config->train.steps);
+    for (int i = 0; rc == SEL_OK && i < m.n_skipped; i++) rc = sel_trainer_leave_out(t, m.skipped[i]);
     if (rc == SEL_OK) {
         snprintf(f->path, sizeof f->path, "%s", m.path);
         f->step = m.step;
@@ -299,8 +315,7 @@ static sel_status load_found(const sel_trainer *t, const found *f, bool moments)
     return sel_checkpoint_load(&m, t->layout, t->params, moments ? t->exp_avg : NULL, moments ? t->exp_avg_sq : NULL);
 }
 
-/* [collective] Weights and moments: of the run's checkpoint, of train.init_from, or new. */
-static sel_status load_state(sel_trainer *t, int64_t *resumed_from)
+sel_status sel_trainer_load(sel_trainer *t, int64_t *resumed_from)
 {
     const bool first = sel_comm_rank(t->comm) == 0;
     found own = { 0 }, initial = { 0 };
@@ -311,6 +326,7 @@ static sel_status load_state(sel_trainer *t, int64_t *resumed_from)
         SEL_TRY(sel_comm_agree(t->comm, load_found(t, &own, true)));
         t->step = *resumed_from = own.step;
         t->tokens_seen = own.tokens;
+        SEL_TRY(sel_trainer_share_left_out(t));
     } else {
         SEL_TRY(share(t, first ? find_initial(t, &initial) : SEL_OK, &initial));
         sel_status rc = SEL_OK;
@@ -325,7 +341,7 @@ static sel_status load_state(sel_trainer *t, int64_t *resumed_from)
     return sel_comm_agree(t->comm, sel_model_pack(t->model, t->params));
 }
 
-/* On rank 0: a run that is there is locked before its state is read: an earlier job may still be saving. */
+/* On rank 0: a run that is there is locked before anything of it is read: an earlier job may still be saving. */
 static sel_status lock_run(sel_trainer *t)
 {
     return sel_path_is_dir(t->checkpoints) ? sel_run_open(&t->run, t->config->run.dir) : SEL_OK;
@@ -346,17 +362,18 @@ static sel_status open_run(sel_trainer *t)
 static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
 {
     SEL_TRY(sel_comm_agree(t->comm, sel_fault_init(sel_comm_rank(t->comm))));
+    SEL_TRY(compare_settings(t));
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
     SEL_TRY(compare_inputs(t));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
     SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads));
+    SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
     SEL_TRY(resolve_precision(t));
     SEL_TRY(open_engine(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
-    SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
-    SEL_TRY(load_state(t, resumed_from));
+    SEL_TRY(sel_trainer_load(t, resumed_from));
     return sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? open_run(t) : SEL_OK);
 }
 
@@ -384,6 +401,7 @@ void sel_trainer_close(sel_trainer *t)
     sel_free(t->exp_avg);
     sel_free(t->exp_avg_sq);
     sel_free(t->tokens);
+    free(t->skipped);
     sel_tokenizer_close(&t->tokenizer);
     sel_corpus_close(&t->train);
     sel_corpus_close(&t->validation);

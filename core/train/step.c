@@ -14,7 +14,19 @@
 /* Numbers that all ranks sum in one message. */
 enum { SUM_LOSS, SUM_MEMORY, SUM_TOKENS, SUM_NOT_FINITE, SUM_SIGNAL, SUM_SAVE, SUMS };
 
-static void gradients_ready(void *reducer, int64_t begin, int64_t end) { sel_reducer_ready(reducer, begin, end); }
+/* Where a stretch of the gradient goes when it is final. */
+typedef struct {
+    sel_trainer *t;
+    bool reduce;
+} destination;
+
+static void gradients_ready(void *ctx, int64_t begin, int64_t end)
+{
+    const destination *to = ctx;
+
+    if (begin == 0 && sel_fault("backward", to->t->step + 1, "nan")) to->t->grads[0] = NAN;
+    if (to->reduce) sel_reducer_ready(to->t->reducer, begin, end);
+}
 
 static _Noreturn void die(const sel_trainer *t, const char *phase, int64_t step)
 {
@@ -23,9 +35,10 @@ static _Noreturn void die(const sel_trainer *t, const char *phase, int64_t step)
     sel_comm_die(t->comm, where);
 }
 
-/* Gradient of this rank's samples into t->grads, scaled for the global mean; sums into s. */
-static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
+/* Gradient of this rank's samples into t->grads, scaled for the global mean, and to the reducer; adds to sums. */
+static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, double *sums)
 {
+    destination to = { .t = t, .reduce = reduce };
     const sel_config *c = t->config;
     const int64_t N = c->model.context, batch = c->train.batch;
     const double loss_scale = 1.0 / (double)(batch * N),
@@ -38,16 +51,52 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, double *sums)
 
         for (int64_t k = 0; k < t->micro; k++) {
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
-            sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1));
+            SEL_TRY(sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1), NULL));
         }
         sel_profile_lap(&t->profile, SEL_PART_DATA, 0.0, 0.0);
+        sel_fault("forward", step, "");
         SEL_TRY(sel_model_train(t->model, t->params, t->grads, i > 0, t->tokens, t->micro, N, loss_scale,
-                                memory_scale, last ? gradients_ready : NULL, t->reducer, &stats));
+                                memory_scale, last ? gradients_ready : NULL, &to, &stats));
         sums[SUM_LOSS] += stats.loss;
         sums[SUM_MEMORY] += stats.memory;
         sums[SUM_TOKENS] += (double)stats.tokens;
     }
+    if (sel_fault("forward", step, "nan")) sums[SUM_LOSS] = NAN;
+    sel_fault("backward", step, "");
     return SEL_OK;
+}
+
+static double gradient_norm(const sel_trainer *t)
+{
+    return sqrt(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
+}
+
+sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, bool *gradient)
+{
+    double sums[SUMS] = { 0 };
+
+    if (local_gradient(t, step, false, sums) != SEL_OK) die(t, "the gradient", step);
+    *loss = isfinite(sums[SUM_LOSS]) && isfinite(sums[SUM_MEMORY]);
+    *gradient = isfinite(gradient_norm(t));
+    return SEL_OK;
+}
+
+/* [collective] A rank has been asked to end: which signal it was, told to the user at once. */
+static int hear_signal(sel_trainer *t, int64_t step)
+{
+    static const struct { int number; const char *name; } names[] = {
+        { SIGTERM, "SIGTERM" }, { SIGINT, "SIGINT" }, { SIGUSR1, "SIGUSR1" }, { SIGUSR2, "SIGUSR2" },
+    };
+    const char *name = "a signal";
+    char line[96];
+    double number = *t->job->signal;
+
+    sel_comm_max_doubles(t->comm, &number, 1);   /* of several signals one is named */
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (names[i].number == (int)number) name = names[i].name;
+    snprintf(line, sizeof line, "%s received: finishing step %lld, then saving", name, (long long)step);
+    if (sel_comm_rank(t->comm) == 0) t->job->watcher->message(t->job->watcher->ctx, line);
+    return (int)number;
 }
 
 sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
@@ -56,16 +105,13 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     const int64_t step = t->step + 1;
     double sums[SUMS] = { 0 };
 
-    sel_fault("forward", step, "");
     sel_profile_start(&t->profile);
-    if (local_gradient(t, step, sums) != SEL_OK) die(t, "the gradient", step);
-    if (sel_fault("forward", step, "nan")) sums[SUM_LOSS] = NAN;
-    if (sel_fault("backward", step, "nan")) t->grads[0] = NAN;
+    if (local_gradient(t, step, true, sums) != SEL_OK) die(t, "the gradient", step);
     sel_fault("reduce", step, "");
     sel_reducer_finish(t->reducer);
     sel_profile_lap(&t->profile, SEL_PART_REDUCE, 0.0, 0.0);
 
-    const double norm = sqrt(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
+    const double norm = gradient_norm(t);
     sel_profile_lap(&t->profile, SEL_PART_GRADIENT_NORM, 0.0, 4.0 * (double)t->layout->total);
     sums[SUM_NOT_FINITE] = !isfinite(norm) || !isfinite(sums[SUM_LOSS]) || !isfinite(sums[SUM_MEMORY]);
     sums[SUM_SIGNAL] = *t->job->signal ? 1.0 : 0.0;
@@ -78,11 +124,9 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     s->tokens = (int64_t)sums[SUM_TOKENS];
     s->grad_norm = norm;
     s->lr = sel_learning_rate(c->train.lr, c->train.warmup, c->train.steps, step);
-    s->signal = sums[SUM_SIGNAL] != 0.0;
     s->save_due = sums[SUM_SAVE] != 0.0;
-    if (sums[SUM_NOT_FINITE] != 0.0)
-        return sel_fail(SEL_ENUM, "step %lld: the %s is not finite (loss %g, gradient norm %g); the step was not taken",
-                        (long long)step, isfinite(s->loss) ? "gradient" : "loss", s->loss, norm);
+    s->signal = sums[SUM_SIGNAL] != 0.0 ? hear_signal(t, step) : 0;
+    if (sums[SUM_NOT_FINITE] != 0.0) return sel_trainer_blame(t, step, s);
 
     const double clip = c->train.clip;
     sel_fault("optimizer", step, "");

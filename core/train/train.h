@@ -17,7 +17,7 @@ typedef struct {
     int64_t micro_batch, local_batch, resumed_from;   /* -1: fresh */
     int ranks, hosts, threads;
     double peak_gflops;                 /* of a rank */
-    const char *level, *cpu, *linear, *mpi;
+    const char *level, *cpu, *linear, *precision, *mpi;
 } sel_train_start;
 
 /* After a logged step. */

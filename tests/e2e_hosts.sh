@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Two hosts, and one of them is lost: its cable is pulled, or its packets vanish.  Both sides notice, say which host, and
+# end: with `selectra launch` when mpirun has noticed too (its status is 205), without it when the watchdog kills mpirun.
+. "$(dirname "$0")/e2e.sh"
+. "$(dirname "$0")/hosts.sh"
+hosts_up
+prepare
+export OMPI_MCA_oob_tcp_keepalive_time=1 OMPI_MCA_oob_tcp_keepalive_intvl=1 OMPI_MCA_oob_tcp_keepalive_probes=4
+
+# lose HOW STATUS
+lose() {
+    local how=$1 i begun
+    train $how train.steps=1000000 dist.watchdog_seconds=3
+    start_hosts "${arguments[@]}"
+    if wait_step $how 20; then pass; else fail "$how: the run did not reach step 20"; cat err; fi
+    begun=$EPOCHREALTIME
+    $how
+    ended "$2" 25
+    echo "$how: the job ended after $(seconds_since $begun) s"
+    said "rank 0.* watchdog: host $other \(rank 1\) has not been heard for [0-9]+ s"
+    for ((i = 0; i < 150; i++)); do [ -z "$(hosts_left)" ] && break; sleep 0.1; done
+    echo "$how: the other host was empty after $(seconds_since $begun) s"
+    check "$how: nobody is left on the host" test -z "$(hosts_left)"
+    check "$how: its rank says why" grep -q "rank 1.* watchdog: host $head (rank 0) has not been heard" err.1
+    heal
+}
+
+starter=("$SELECTRA" launch --restarts 0 -- mpirun)
+lose cut 205
+train cut train.steps=$((($(last_step cut) / 20) * 20 + 20))
+expect 0 ranks 2 "${arguments[@]}"
+check "the run goes on" grep -q 'resuming from step' out
+
+unset OMPI_MCA_oob_tcp_keepalive_time OMPI_MCA_oob_tcp_keepalive_intvl OMPI_MCA_oob_tcp_keepalive_probes
+starter=(mpirun)
+lose blackhole 137
+verdict
