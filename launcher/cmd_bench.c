@@ -28,7 +28,18 @@ static bool read_numbers(const char *text, numbers *out)
     return false;
 }
 
-static void print_table(const sel_bench_results *r, int from)
+static void print_rates(const sel_bench_result *x)
+{
+    if (x->gflops > 0.0) printf("  %7.1f GFLOP/s  %5.1f%% of peak", x->gflops, 100.0 * x->share_of_peak);
+    else if (x->gbytes_per_second > 0.0)
+        printf("  %7.1f GB/s  %5.1f%% of copy", x->gbytes_per_second, 100.0 * x->share_of_copy);
+    if (x->tokens_per_second > 0.0) printf("  %.0f tokens/s", x->tokens_per_second);
+    if (x->live_share > 0.0)
+        printf("  %.1f%% of pairs alive, %.1f%% of the time", 100.0 * x->live_share, 100.0 * x->seconds_share);
+    putchar('\n');
+}
+
+static void print_table(const sel_bench_rows *r, int from)
 {
     for (int i = from; i < r->n; i++) {
         const sel_bench_result *x = &r->rows[i];
@@ -36,24 +47,35 @@ static void print_table(const sel_bench_results *r, int from)
         if (x->B) printf(" B %-4" PRId64, x->B);
         if (x->N) printf(" N %-6" PRId64, x->N);
         printf(" %d thread%s  %9.3f ms", x->threads, x->threads == 1 ? " " : "s", 1e3 * x->seconds_median);
-        if (x->gflops > 0.0) printf("  %7.1f GFLOP/s  %5.1f%% of peak", x->gflops, 100.0 * x->share_of_peak);
-        if (x->gbytes_per_second > 0.0)
-            printf("  %7.1f GB/s  %5.1f%% of copy", x->gbytes_per_second, 100.0 * x->share_of_copy);
-        if (x->tokens_per_second > 0.0) printf("  %.0f tokens/s", x->tokens_per_second);
-        if (x->live_share > 0.0)
-            printf("  %.1f%% of pairs alive, %.1f%% of the time", 100.0 * x->live_share, 100.0 * x->seconds_share);
-        putchar('\n');
+        print_rates(x);
     }
-    fflush(stdout);
 }
 
-static void print_json(const sel_bench_results *r, int threads)
+/* The parts of the steps, and the memory that one needs. */
+static void print_parts(const sel_bench_results *out, int from)
 {
-    struct rusage u;
-    getrusage(RUSAGE_SELF, &u);
-    printf("{\"cpu\": \"%s\", \"threads\": %d, \"peak_gflops\": {\"float32\": %.6g, \"bfloat16\": %.6g}, "
-           "\"peak_rss_bytes\": %lld, \"results\": [",
-           sel_cpu_name(), threads, r->peak_gflops[SEL_FLOAT32], r->peak_gflops[SEL_BFLOAT16], 1024LL * u.ru_maxrss);
+    for (int i = from; i < out->parts.n; i++) {
+        const sel_bench_result *x = &out->parts.rows[i];
+        printf("  %-10s %-5" PRId64 " %-14s %-15s %9.3f ms %5.1f%%", x->kind, x->N, x->name, x->pass,
+               1e3 * x->seconds_median, 100.0 * x->seconds_share);
+        print_rates(x);
+    }
+}
+
+static const double MIB = 1048576.0;
+
+static void print_memory(const sel_bench_memory *m)
+{
+    printf("memory, %s, B %" PRId64 " N %" PRId64 ": %.0f MiB budgeted (program %.0f, parameters %.0f, gradients %.0f, "
+           "moments %.0f, packed weights %.0f, kept for backward %.0f, scratch %.0f, yardsticks %.0f), %.0f MiB at the "
+           "peak\n", m->dtype, m->B, m->N, (double)sel_bench_budget(m) / MIB, (double)m->program / MIB,
+           (double)m->parameters / MIB, (double)m->gradients / MIB, (double)m->moments / MIB, (double)m->packed / MIB,
+           (double)m->kept / MIB, (double)m->scratch / MIB, (double)m->yardsticks / MIB, (double)m->resident / MIB);
+}
+
+static void json_rows(const char *key, const sel_bench_rows *r)
+{
+    printf(", \"%s\": [", key);
     for (int i = 0; i < r->n; i++) {
         const sel_bench_result *x = &r->rows[i];
         printf("%s\n {\"name\": \"%s\", ", i ? "," : "", x->name);
@@ -61,6 +83,7 @@ static void print_json(const sel_bench_results *r, int threads)
         printf("\"dtype\": \"%s\", \"pass\": \"%s\", \"B\": %" PRId64 ", \"H\": %" PRId64 ", \"N\": %" PRId64
                ", \"dh\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d",
                x->dtype, x->pass, x->B, x->H, x->N, x->dh, x->threads, x->seconds_median, x->runs);
+        if (x->seconds_share > 0.0) printf(", \"seconds_share\": %.6g", x->seconds_share);
         if (x->gflops > 0.0) printf(", \"gflops\": %.6g, \"share_of_peak\": %.6g", x->gflops, x->share_of_peak);
         if (x->gbytes_per_second > 0.0)
             printf(", \"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g", x->gbytes_per_second, x->share_of_copy);
@@ -69,7 +92,37 @@ static void print_json(const sel_bench_results *r, int threads)
             printf(", \"live_share\": %.6g, \"time_share\": %.6g", x->live_share, x->seconds_share);
         putchar('}');
     }
-    printf("\n]}\n");
+    printf("\n]");
+}
+
+static void json_memory(const sel_bench_results *r)
+{
+    printf(", \"memory\": [");
+    for (int i = 0; i < r->n_memory; i++) {
+        const sel_bench_memory *m = &r->memory[i];
+        printf("%s\n {\"dtype\": \"%s\", \"B\": %" PRId64 ", \"N\": %" PRId64 ", \"budget_bytes\": %zu, "
+               "\"program\": %zu, \"parameters\": %zu, \"gradients\": %zu, \"moments\": %zu, "
+               "\"packed_weights\": %zu, \"kept\": %zu, \"scratch\": %zu, \"yardsticks\": %zu, "
+               "\"peak_rss_bytes\": %zu}",
+               i ? "," : "", m->dtype, m->B, m->N, sel_bench_budget(m), m->program, m->parameters, m->gradients,
+               m->moments, m->packed, m->kept, m->scratch, m->yardsticks, m->resident);
+    }
+    printf("\n]");
+}
+
+static void print_json(const sel_bench_results *r, int threads)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    printf("{\"cpu\": \"%s\", \"threads\": %d, \"peak_gflops\": {\"float32\": %.6g, \"bfloat16\": %.6g}, "
+           "\"peak_rss_bytes\": %lld",
+           sel_cpu_name(), threads, r->peak_gflops[SEL_FLOAT32], r->peak_gflops[SEL_BFLOAT16], 1024LL * u.ru_maxrss);
+    if (r->copy_gbytes > 0.0) printf(", \"copy_gbytes_per_second\": %.6g", r->copy_gbytes);
+    json_rows("results", &r->results);
+    if (r->parts.n) json_rows("parts", &r->parts);
+    if (r->n_memory) json_memory(r);
+    if (r->choice[0]) printf(", \"linear_choice\": \"%s\"", r->choice);
+    printf("}\n");
 }
 
 typedef struct {
@@ -125,11 +178,12 @@ static sel_status run_cases(const char *what, const request *r, const sel_ops *o
                             const numbers *contexts, sel_bench_results *out)
 {
     sel_bench b = { .ops = ops, .dtype = dtype, .threads = threads, .runs = (int)r->runs };
-    const int from = out->n;
+    const int from = out->results.n, parts = out->parts.n, memory = out->n_memory;
     sel_status rc;
 
     SEL_TRY(sel_linear_open(&b.engine, strcmp(r->backend, "openblas") == 0 ? SEL_LINEAR_OPENBLAS : SEL_LINEAR_ONEDNN,
                             dtype, threads));
+    b.probe = strcmp(r->backend, "auto") == 0;
     if (strcmp(what, "gemm") == 0) rc = sel_bench_gemm(&b, out);
     else if (strcmp(what, "attention") == 0) rc = attention_cases(&b, r, contexts, out);
     else if (strcmp(what, "ops") == 0) rc = sel_bench_ops(&b, 8192, 768, out);
@@ -138,8 +192,13 @@ static sel_status run_cases(const char *what, const request *r, const sel_ops *o
         printf("%s, %d thread%s", sel_linear_library(b.engine), threads, threads == 1 ? "" : "s");
         if (out->peak_gflops[dtype] > 0.0)
             printf(", peak of %s matrix products %.0f GFLOP/s", dtype_names[dtype], out->peak_gflops[dtype]);
+        if (out->copy_gbytes > 0.0) printf(", copy of memory %.1f GB/s", out->copy_gbytes);
         putchar('\n');
-        print_table(out, from);
+        if (out->choice[0]) printf("products by %s\n", out->choice);
+        print_table(&out->results, from);
+        print_parts(out, parts);
+        for (int i = memory; i < out->n_memory; i++) print_memory(&out->memory[i]);
+        fflush(stdout);
     }
     sel_linear_close(&b.engine);
     return rc;
@@ -182,7 +241,7 @@ int sel_cmd_bench(int argc, char **argv)
         {"head-width", SEL_OPT_INTEGER, &r.head_width, 1, "W", "attention: width of a head (64)"},
         {"runs", SEL_OPT_INTEGER, &r.runs, 1, "N", "rounds that the medians are taken of (21)"},
         {"dtype", SEL_OPT_TEXT, &r.dtypes, 0, "TYPES", "float32, bfloat16 or float32,bfloat16 (float32)"},
-        {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "onednn or openblas for the linear layers (onednn)"},
+        {"backend", SEL_OPT_TEXT, &r.backend, 0, "NAME", "linear layers: onednn, openblas, or auto: measured (onednn)"},
         {"dead-keys", SEL_OPT_FLAG, &r.dead_keys, 0, NULL, "attention: leaving out dead keys, at several shares"},
         {"json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object"},
     };
@@ -211,8 +270,8 @@ int sel_cmd_bench(int argc, char **argv)
     if (!r.contexts && strcmp(what, "attention") == 0) r.contexts = "512,1024,2048";
     if (r.contexts && !read_numbers(r.contexts, &contexts))
         return sel_options_mistake(&command, "--context: expected numbers such as 512,1024, got \"%s\"", r.contexts);
-    if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0)
-        return sel_options_mistake(&command, "--backend: expected onednn or openblas, got \"%s\"", r.backend);
+    if (strcmp(r.backend, "onednn") != 0 && strcmp(r.backend, "openblas") != 0 && strcmp(r.backend, "auto") != 0)
+        return sel_options_mistake(&command, "--backend: expected onednn, openblas or auto, got \"%s\"", r.backend);
 
     if (!strstr(r.dtypes, "float32") && !strstr(r.dtypes, "bfloat16"))
         return sel_options_mistake(&command, "--dtype: expected float32, bfloat16 or both, got \"%s\"", r.dtypes);

@@ -7,8 +7,8 @@
 
 static void print_table(const sel_bench_results *r)
 {
-    for (int i = 0; i < r->n; i++) {
-        const sel_bench_result *x = &r->rows[i];
+    for (int i = 0; i < r->results.n; i++) {
+        const sel_bench_result *x = &r->results.rows[i];
         if (x->bytes <= (int64_t)sizeof(float))
             printf("%-20s %10" PRId64 " B  %10.1f us\n", x->name, x->bytes, 1e6 * x->seconds_median);
         else
@@ -21,8 +21,8 @@ static void print_json(const sel_bench_results *r, sel_comm *c, int threads)
 {
     printf("{\"cpu\": \"%s\", \"threads\": %d, \"ranks\": %d, \"hosts\": %d, \"results\": [", sel_cpu_name(), threads,
            sel_comm_size(c), sel_comm_hosts(c));
-    for (int i = 0; i < r->n; i++) {
-        const sel_bench_result *x = &r->rows[i];
+    for (int i = 0; i < r->results.n; i++) {
+        const sel_bench_result *x = &r->results.rows[i];
         printf("%s\n {\"name\": \"%s\", \"bytes\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d, "
                "\"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g}", i ? "," : "", x->name, x->bytes, x->threads,
                x->seconds_median, x->runs, x->gbytes_per_second, x->share_of_copy);

@@ -102,14 +102,35 @@ static void show_message(void *ctx, const char *line)
     fprintf(stderr, "selectra train: %s\n", line);
 }
 
+static void show_profile(void *ctx, const sel_profile *p, int64_t steps, double peak_gflops)
+{
+    double total = 0.0;
+    end_line(ctx);
+    for (int i = 0; i < SEL_N_PARTS; i++) total += p->parts[i].seconds;
+    printf("%" PRId64 " steps on rank 0, %.3f s each:\n", steps, total / (double)steps);
+    for (int i = 0; i < SEL_N_PARTS; i++) {
+        const sel_part_sum *const s = &p->parts[i];
+        if (s->laps == 0) continue;
+        printf("  %-14s %-15s %9.3f ms %5.1f%%", sel_part_name((sel_part)i), sel_part_pass((sel_part)i),
+               1e3 * s->seconds / (double)steps, 100.0 * s->seconds / total);
+        if (s->flops > 0.0)
+            printf("  %7.1f GFLOP/s %5.1f%% of peak", 1e-9 * s->flops / s->seconds,
+                   1e-7 * s->flops / s->seconds / peak_gflops);
+        else if (s->bytes > 0.0) printf("  %7.1f GB/s", 1e-9 * s->bytes / s->seconds);
+        putchar('\n');
+    }
+    fflush(stdout);
+}
+
 static void usage(void)
 {
     char *keys = NULL;
     printf(
-        "usage: selectra train CONFIG [key=value ...]\n\n"
+        "usage: selectra train CONFIG [key=value ...] [--profile]\n\n"
         "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
         "newest intact one.  TERM, INT, HUP, USR1, USR2 or XCPU to any rank: the step is finished and saved, exit status\n"
-        "85.  `selectra launch` starts it again after a failure.\n\n"
+        "85.  `selectra launch` starts it again after a failure.\n"
+        "--profile: where rank 0's time went, by part, in a table at the end and in an event of metrics.jsonl.\n\n"
         "Keys of CONFIG (YAML), each also as key=value:\n\n");
     if (sel_config_help(&keys) == SEL_OK) fputs(keys, stdout);
     free(keys);
@@ -150,7 +171,7 @@ int sel_cmd_train(int argc, char **argv)
     /* mpirun gives its ranks a terminal for stdout even where it writes to a file itself; stderr tells */
     screen s = { .terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO) };
     const sel_train_watcher watcher = { .ctx = &s, .start = show_start, .progress = show_progress,
-                                        .message = show_message };
+                                        .message = show_message, .profile = show_profile };
     sel_comm *c = NULL;
     sel_config config;
     sel_train_result result = { 0 };
@@ -172,10 +193,18 @@ int sel_cmd_train(int argc, char **argv)
     }
 
     char *const command = join(argc, argv);
-    const sel_train_job job = { .config = &config, .comm = c, .watcher = &watcher, .signal = &signal_seen,
+    bool profile = false;
+    int n = 1;
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--profile") == 0) profile = true;
+        else argv[n++] = argv[i];
+    argv[argc = n] = NULL;
+    const sel_train_job job = { .config = &config, .comm = c, .watcher = &watcher, .profile = profile,
+                                .signal = &signal_seen,
                                 .command = command ? command : "", .program = "selectra " SEL_VERSION,
                                 .commit = SEL_COMMIT, .compiler = SEL_COMPILER, .build = SEL_BUILD_TYPE };
-    sel_status rc = read_config(c, argv[1], (const char *const *)argv + 2, argc - 2, &config);
+    sel_status rc = argc > 1 ? read_config(c, argv[1], (const char *const *)argv + 2, argc - 2, &config)
+                             : sel_fail(SEL_EUSER, "CONFIG is missing (usage: selectra train CONFIG [key=value ...])");
     if (rc == SEL_OK) rc = sel_train(&job, &result);
 
     const bool first = sel_comm_rank(c) == 0;

@@ -1,7 +1,7 @@
 /* cross_entropy_c.c: log softmax at the target, and its gradient, in place.
  *
  *     logp = z[t] - m - log(sum of exp(z - m)),    m = max z
- *     gradient = scale (exp(z - m) / sum - onehot)
+ *     gradient = scale (exp(z - m) / sum - onehot)      in place, or to bfloat16
  *
  * A row is walked in blocks small enough for the first cache.  Each block's exponentials are taken relative to the
  * largest logit seen so far (its base), so that maximum and exponentials need one trip through memory; the trip
@@ -54,7 +54,8 @@ static inline double exponentials(float *z, int64_t n, float base, bool store)
     return sum;
 }
 
-static inline void row_loss(float *z, int64_t V, int32_t target, double *logp, uint8_t *best, float scale)
+static inline void row_loss(float *z, uint16_t *grad16, int64_t V, int32_t target, double *logp, uint8_t *best,
+                            float scale)
 {
     float base[MOST_BLOCKS];
     int64_t block = (V + MOST_BLOCKS - 1) / MOST_BLOCKS;
@@ -87,24 +88,36 @@ static inline void row_loss(float *z, int64_t V, int32_t target, double *logp, u
     for (int64_t b = 0, i = 0; i < V; b++, i += block) {
         const int64_t n = V - i < block ? V - i : block;
         const float factor = (float)((double)scale * exp((double)base[b] - (double)m) / sum);
-        for (int64_t j = i; j < i + n; j++) z[j] *= factor;
+        const bool here = target >= i && target < i + n;
+        const float at_target = here ? z[target] * factor - scale : 0.0f;   /* rounded once, also to bfloat16 */
+        if (!grad16) {
+            for (int64_t j = i; j < i + n; j++) z[j] *= factor;
+        } else {
+            int64_t j = i;
+            for (; j + VL <= i + n; j += VL) vstore_bf16(grad16 + j, vload(z + j) * factor, VL);
+            if (j < i + n) vstore_bf16(grad16 + j, vload_n(z + j, i + n - j) * factor, i + n - j);
+        }
+        if (here && grad16) vstore_bf16(grad16 + target, vset1(at_target), 1);
+        else if (here) z[target] = at_target;
     }
-    z[target] -= scale;
 }
 
-static void cross_entropy(float *logits, double *logp, uint8_t *best, const int32_t *target, float grad_scale,
-                          int64_t rows, int64_t V, int threads)
+static void cross_entropy(float *logits, uint16_t *grad16, double *logp, uint8_t *best, const int32_t *target,
+                          float grad_scale, int64_t rows, int64_t V, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         float *z = logits + r * V;
+        uint16_t *const g = grad16 ? grad16 + r * V : NULL;
         if (target[r] >= 0) {
-            row_loss(z, V, target[r], &logp[r], &best[r], grad_scale);
+            row_loss(z, g, V, target[r], &logp[r], &best[r], grad_scale);
             continue;
         }
         logp[r] = 0.0;
         best[r] = 0;
-        if (grad_scale != 0.0f) memset(z, 0, (size_t)V * sizeof *z);
+        if (grad_scale == 0.0f) continue;
+        if (g) memset(g, 0, (size_t)V * sizeof *g);
+        else memset(z, 0, (size_t)V * sizeof *z);
     }
 }
 

@@ -9,6 +9,7 @@
 #define SEL_OPS_LINEAR_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include "core/base/error.h"
 
@@ -25,6 +26,28 @@ typedef enum { SEL_FLOAT32, SEL_BFLOAT16 } sel_dtype;
    library (OpenBLAS: bfloat16) or the processor cannot multiply. */
 sel_status sel_linear_open(sel_linear_engine **e, sel_linear_backend backend, sel_dtype dtype, int threads);
 void       sel_linear_close(sel_linear_engine **e);
+
+/* Who makes a product of a matrix, a letter for each of its passes. */
+enum { SEL_LINEAR_FORWARD, SEL_LINEAR_INPUT, SEL_LINEAR_WEIGHT, SEL_LINEAR_PASSES };
+enum {
+    SEL_BY_MATMUL = 'm',   /* oneDNN's matrix product */
+    SEL_BY_INNER = 'i',    /* oneDNN's inner product; weight gradients only */
+    SEL_BY_BLAS = 'b'      /* OpenBLAS's; float32 only */
+};
+
+typedef struct {
+    int64_t out, in;
+    char by[SEL_LINEAR_PASSES];
+} sel_linear_choice;
+
+/* For a oneDNN engine, before any matrix of that shape is made: who makes its products from now on.  Where nothing
+   was chosen: oneDNN's matmul, or, for the weight gradient of a matrix with more columns than rows, its inner product.  SEL_EUSER for a letter that does not fit the pass or the type. */
+sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c);
+
+/* Measures all that may make the products of a matrix [c->out][c->in] with `rows` rows and writes the fastest into c->by:
+   another than matmul only where it is 3% faster.  Leaves the engine as it was.  A fraction of a second for each 10^10
+   FLOPs of a product. */
+sel_status sel_linear_probe(sel_linear_engine *e, int64_t rows, sel_linear_choice *c);
 
 /* Room for a matrix [out][in]; backward false leaves out what only gradients need. */
 sel_status sel_linear_new(sel_linear **l, sel_linear_engine *e, int64_t out, int64_t in, bool backward);
@@ -44,9 +67,16 @@ sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_
 sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                      int64_t dx_row);
 
-/* dw [out][in] += dy^T x */
+/* dw [out][in] = dy^T x, or, where add, dw += dy^T x */
 sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                      int64_t x_row, float *dw);
+                                      int64_t x_row, float *dw, bool add);
+
+/* Bytes of its packed copies. */
+size_t sel_linear_bytes(const sel_linear *l);
+
+/* The matrix's sizes. */
+int64_t sel_linear_out(const sel_linear *l);
+int64_t sel_linear_in(const sel_linear *l);
 
 /* Name and version of the library, "oneDNN 2.6.3". */
 const char *sel_linear_library(const sel_linear_engine *e);

@@ -25,7 +25,7 @@ typedef struct {
     sel_status (*backward_input)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
                                  int64_t dx_row);
     sel_status (*backward_weight)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                  int64_t x_row, float *dw);
+                                  int64_t x_row, float *dw, bool add);
 } sel_linear_library_calls;
 
 struct sel_linear_engine {
@@ -33,6 +33,8 @@ struct sel_linear_engine {
     sel_dtype dtype;
     int threads;
     int matrices;        /* alive */
+    sel_linear_choice *choices;   /* [n_choices] */
+    int n_choices;
     char version[64];    /* "oneDNN 2.6.3", written by open */
 };
 
@@ -41,6 +43,8 @@ struct sel_linear {
     int64_t out, in;
     bool backward;
     const float *w;      /* of the latest pack; NULL before the first */
+    size_t bytes;        /* of its packed copies, counted by make */
+    char by[SEL_LINEAR_PASSES];   /* who makes each product (linear.h), set before make */
 };
 
 extern const sel_linear_library_calls sel_linear_onednn_calls, sel_linear_openblas_calls;

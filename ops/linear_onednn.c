@@ -9,19 +9,14 @@
  */
 #include "ops/linear_library.h"
 
-#include <dnnl.h>
-#include <dnnl_debug.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "core/base/mem.h"
+#include "ops/onednn_api.h"
 
-#if DNNL_VERSION_MAJOR != 2
-#error "this file is written for oneDNN 2.x: its memory descriptors and operation descriptors are another API in 3.x"
-#endif
-
-typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, KINDS } kind;
+typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, INNER_WEIGHT, KINDS } kind;
 
 /* A product's key.  x_row and y_row: distance of the rows of x (or dx) and of y (or dy). */
 typedef struct {
@@ -29,14 +24,16 @@ typedef struct {
     int64_t rows, out, in, x_row, y_row;
 } shape;
 
-/* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT. */
+/* dst = src weights: x, W, y of FORWARD; dy, W, dx of BACKWARD_INPUT; dy, x, dw of BACKWARD_WEIGHT and, added to dw,
+   of BACKWARD_WEIGHT_ADD.  INNER_WEIGHT is BACKWARD_WEIGHT by another primitive. */
 typedef struct {
     shape shape;
     bool packed;                    /* reads the layout's packed weights, not w in place */
+    bool inner;                     /* the primitive is an inner product: its arguments have other names */
     uint64_t used;                  /* the engine's clock at its latest use */
     dnnl_primitive_t primitive;
     dnnl_memory_t src, dst;
-    dnnl_memory_t weights;          /* x of BACKWARD_WEIGHT; otherwise NULL: the matrix has it */
+    dnnl_memory_t weights;          /* x of the weights' gradients; otherwise NULL: the matrix has it */
 } product;
 
 /* How the weights of one kind and matrix shape are packed. */
@@ -44,7 +41,8 @@ typedef struct layout {
     struct layout *next;
     shape shape;                    /* its kind, out and in */
     bool packed;                    /* false: oneDNN would rather read w in place */
-    dnnl_memory_desc_t md;
+    descs own;
+    desc md;                        /* one of them */
     dnnl_primitive_t reorder;
 } layout;
 
@@ -59,6 +57,8 @@ typedef struct {
     product *products;              /* [MOST_PRODUCTS] */
     int n_products;
     uint64_t clock;
+    float *sum;                     /* [sum_floats] a gradient by INNER_WEIGHT before it is added */
+    size_t sum_floats;              /* of the largest such matrix */
 } onednn;
 
 /* One direction's weights. */
@@ -75,7 +75,8 @@ typedef struct {
 
 static const char *kind_name(kind k)
 {
-    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight" };
+    static const char *const names[KINDS] = { "forward", "backward-input", "backward-weight", "backward-weight",
+                                              "inner-product weight" };
     return names[k];
 }
 
@@ -89,75 +90,64 @@ static sel_status checked(dnnl_status_t status, const char *call, const shape *s
                     call, dnnl_status2str(status), kind_name(s->kind), s->rows, s->out, s->in, s->x_row, s->y_row);
 }
 
-/* ---- what differs between oneDNN 2 and 3: descriptors ---- */
-
 static dnnl_data_type_t operand_type(sel_dtype dtype) { return dtype == SEL_BFLOAT16 ? dnnl_bf16 : dnnl_f32; }
 
-static dnnl_status_t describe(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns, int64_t row,
-                              int64_t column)
-{
-    const dnnl_dims_t dims = { rows, columns }, strides = { row, column };
-    return dnnl_memory_desc_init_by_strides(md, 2, dims, type, strides);
-}
-
-static dnnl_status_t describe_any(dnnl_memory_desc_t *md, dnnl_data_type_t type, int64_t rows, int64_t columns)
-{
-    const dnnl_dims_t dims = { rows, columns };
-    return dnnl_memory_desc_init_by_tag(md, 2, dims, type, dnnl_format_tag_any);
-}
-
-static bool is_plain(const dnnl_memory_desc_t *md)
-{
-    return md->format_kind == dnnl_blocked && md->format_desc.blocking.inner_nblks == 0;
-}
+/* ---- descriptors ---- */
 
 /* dst = src weights, or dst += src weights. */
-static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, const dnnl_memory_desc_t *src,
-                                     const dnnl_memory_desc_t *weights_md, const dnnl_memory_desc_t *dst,
-                                     bool accumulate)
+static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, desc src, desc weights_md,
+                                     desc dst, bool accumulate)
 {
-    dnnl_matmul_desc_t desc;
     dnnl_primitive_attr_t attr = NULL;
     dnnl_post_ops_t post_ops = NULL;
-    dnnl_status_t rc = dnnl_matmul_desc_init(&desc, src, weights_md, NULL, dst);
-    if (rc == dnnl_success) rc = dnnl_primitive_attr_create(&attr);
+    dnnl_status_t rc = dnnl_primitive_attr_create(&attr);
     if (rc == dnnl_success && accumulate) {
         rc = dnnl_post_ops_create(&post_ops);
-        if (rc == dnnl_success) rc = dnnl_post_ops_append_sum(post_ops, 1.0f);
+        if (rc == dnnl_success) rc = append_sum(post_ops);
         if (rc == dnnl_success) rc = dnnl_primitive_attr_set_post_ops(attr, post_ops);
         if (post_ops) dnnl_post_ops_destroy(post_ops);
     }
-    if (rc == dnnl_success) rc = dnnl_primitive_desc_create(pd, &desc, attr, engine, NULL);
+    if (rc == dnnl_success) rc = matmul_desc(pd, engine, src, weights_md, dst, attr);
     if (attr) dnnl_primitive_attr_destroy(attr);
     return rc;
 }
 
-/* ---- products ---- */
+/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add; w: any descriptor of the weights. */
+static dnnl_status_t describe_inner_weight(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, desc x, desc dy, desc dw,
+                                           desc w)
+{
+    dnnl_primitive_desc_t hint = NULL;
+    dnnl_status_t rc = inner_forward_desc(&hint, engine, x, w, dy);
+    if (rc == dnnl_success) rc = inner_weight_desc(pd, engine, x, dw, dy, hint);
+    if (hint) dnnl_primitive_desc_destroy(hint);
+    return rc;
+}
 
 /* The weights as the caller stores them, [out][in] of `type`: columns of W^T for FORWARD, W itself for
    BACKWARD_INPUT. */
-static dnnl_status_t describe_plain_weights(dnnl_memory_desc_t *md, dnnl_data_type_t type, const shape *s)
+static desc describe_plain_weights(descs *d, dnnl_data_type_t type, const shape *s)
 {
-    return s->kind == FORWARD ? describe(md, type, s->in, s->out, 1, s->in)
-                              : describe(md, type, s->out, s->in, s->in, 1);
+    return s->kind == FORWARD ? describe(d, type, s->in, s->out, 1, s->in) : describe(d, type, s->out, s->in, s->in, 1);
 }
 
 /* The operand of `type` and the float32 result. */
-static sel_status describe_ends(const shape *s, dnnl_data_type_t type, dnnl_memory_desc_t *src, dnnl_memory_desc_t *dst)
+static void describe_ends(descs *d, const shape *s, dnnl_data_type_t type, desc *src, desc *dst)
 {
-    dnnl_status_t a, b;
     if (s->kind == FORWARD) {
-        a = describe(src, type, s->rows, s->in, s->x_row, 1);
-        b = describe(dst, dnnl_f32, s->rows, s->out, s->y_row, 1);
+        *src = describe(d, type, s->rows, s->in, s->x_row, 1);
+        *dst = describe(d, dnnl_f32, s->rows, s->out, s->y_row, 1);
     } else if (s->kind == BACKWARD_INPUT) {
-        a = describe(src, type, s->rows, s->out, s->y_row, 1);
-        b = describe(dst, dnnl_f32, s->rows, s->in, s->x_row, 1);
+        *src = describe(d, type, s->rows, s->out, s->y_row, 1);
+        *dst = describe(d, dnnl_f32, s->rows, s->in, s->x_row, 1);
     } else {
-        a = describe(src, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
-        b = describe(dst, dnnl_f32, s->out, s->in, s->in, 1);
+        *src = describe(d, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
+        *dst = describe(d, dnnl_f32, s->out, s->in, s->in, 1);
     }
-    return checked(a != dnnl_success ? a : b, "dnnl_memory_desc_init_by_strides", s);
 }
+
+static sel_status described(const descs *d, const shape *s) { return checked(d->status, "a memory descriptor", s); }
+
+/* ---- products ---- */
 
 /* oneDNN's last resort, a plain loop nest, calls itself "ref". */
 static bool is_slow(const_dnnl_primitive_desc_t pd)
@@ -176,41 +166,78 @@ static void product_free(product *p)
     *p = (product){ 0 };
 }
 
-/* Fills *p for s; packing says how the weights may be packed (NULL for BACKWARD_WEIGHT). */
+/* The primitive and the memory objects of *p, the latter without their pointers yet; weights_md may be NULL. */
+static sel_status product_finish(product *p, onednn *e, const_dnnl_primitive_desc_t pd, desc src, desc weights_md,
+                                 desc dst)
+{
+    const shape *s = &p->shape;
+    SEL_TRY(checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s));
+    SEL_TRY(checked(dnnl_memory_create(&p->src, src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
+    SEL_TRY(checked(dnnl_memory_create(&p->dst, dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
+    if (!weights_md) return SEL_OK;
+    return checked(dnnl_memory_create(&p->weights, weights_md, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+}
+
+/* An INNER_WEIGHT where oneDNN has a fast one: its src is dy, its weights are x.  *pd stays NULL where it has not. */
+static sel_status describe_inner(descs *d, dnnl_primitive_desc_t *pd, onednn *e, const shape *s, desc *dy, desc *x,
+                                 desc *dw)
+{
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
+    *x = describe(d, type, s->rows, s->in, s->x_row, 1);
+    *dy = describe(d, type, s->rows, s->out, s->y_row, 1);
+    *dw = describe(d, dnnl_f32, s->out, s->in, s->in, 1);
+    const desc w = describe_any(d, type, s->out, s->in);
+    SEL_TRY(described(d, s));
+    if (describe_inner_weight(pd, e->engine, *x, *dy, *dw, w) == dnnl_success && is_slow(*pd)) {
+        dnnl_primitive_desc_destroy(*pd);
+        *pd = NULL;
+    }
+    return SEL_OK;
+}
+
+/* A matmul; packing says how the weights may be packed (NULL for the weights' gradients), p->packed whether they are.
+   *w is NULL where the matrix has the weights' memory. */
+static sel_status describe_product(descs *d, product *p, dnnl_primitive_desc_t *pd, onednn *e, const layout *packing,
+                                   desc *src, desc *w, desc *dst)
+{
+    const shape *s = &p->shape;
+    const bool gradient = s->kind >= BACKWARD_WEIGHT;
+    const dnnl_data_type_t type = operand_type(e->base.dtype);
+
+    describe_ends(d, s, type, src, dst);
+    SEL_TRY(described(d, s));
+    if (packing && packing->packed) {
+        const dnnl_status_t got = describe_matmul(pd, e->engine, *src, packing->md, *dst, false);
+        p->packed = got == dnnl_success && (!is_slow(*pd) || type != dnnl_f32);
+        if (p->packed) return SEL_OK;
+        if (got == dnnl_success) dnnl_primitive_desc_destroy(*pd);
+        *pd = NULL;
+    }
+    if (!gradient && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
+        return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
+    const desc plain = gradient ? describe(d, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(d, type, s);
+    SEL_TRY(described(d, s));
+    if (gradient) *w = plain;
+    return checked(describe_matmul(pd, e->engine, *src, plain, *dst, s->kind == BACKWARD_WEIGHT_ADD),
+                   "dnnl_primitive_desc_create", s);
+}
+
+/* Fills *p for s. */
 static sel_status product_make(product *p, onednn *e, const shape *s, const layout *packing)
 {
-    dnnl_memory_desc_t src, dst, w;
+    descs d = { .n = 0 }, other = { .n = 0 };
+    desc src = NULL, w = NULL, dst = NULL;
     dnnl_primitive_desc_t pd = NULL;
-    const bool accumulate = s->kind == BACKWARD_WEIGHT;
-    const dnnl_data_type_t type = operand_type(e->base.dtype);
-    sel_status rc;
+    sel_status rc = SEL_OK;
 
     *p = (product){ .shape = *s };
-    SEL_TRY(describe_ends(s, type, &src, &dst));
-    if (packing && packing->packed) {
-        const dnnl_status_t got = describe_matmul(&pd, e->engine, &src, &packing->md, &dst, false);
-        p->packed = got == dnnl_success && (!is_slow(pd) || type != dnnl_f32);
-        if (!p->packed && got == dnnl_success) {
-            dnnl_primitive_desc_destroy(pd);
-            pd = NULL;
-        }
-    }
-    if (!p->packed && !accumulate && type != dnnl_f32)   /* there is no float32 matrix that it could read in place */
-        return checked(dnnl_unimplemented, "dnnl_primitive_desc_create", s);
-    if (!p->packed) {
-        const dnnl_status_t got =
-            accumulate ? describe(&w, type, s->rows, s->in, s->x_row, 1) : describe_plain_weights(&w, type, s);
-        SEL_TRY(checked(got, "dnnl_memory_desc_init_by_strides", s));
-        SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &w, &dst, accumulate), "dnnl_primitive_desc_create", s));
-    }
-    if ((rc = checked(dnnl_primitive_create(&p->primitive, pd), "dnnl_primitive_create", s)) != SEL_OK) goto out;
-    rc = checked(dnnl_memory_create(&p->src, &src, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-    if (rc != SEL_OK) goto out;
-    rc = checked(dnnl_memory_create(&p->dst, &dst, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-    if (rc != SEL_OK || !accumulate) goto out;
-    rc = checked(dnnl_memory_create(&p->weights, &w, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
-out:
-    dnnl_primitive_desc_destroy(pd);
+    if (s->kind == INNER_WEIGHT) rc = describe_inner(&d, &pd, e, s, &src, &w, &dst);
+    p->inner = pd != NULL;
+    if (rc == SEL_OK && !pd) rc = describe_product(&other, p, &pd, e, packing, &src, &w, &dst);
+    if (rc == SEL_OK) rc = product_finish(p, e, pd, src, w, dst);
+    if (pd) dnnl_primitive_desc_destroy(pd);
+    descs_free(&d);
+    descs_free(&other);
     if (rc != SEL_OK) product_free(p);
     return rc;
 }
@@ -261,42 +288,67 @@ static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memor
 {
     SEL_TRY(point(p->src, src, &p->shape));
     SEL_TRY(point(p->dst, dst, &p->shape));
+    const bool inner = p->inner;
     const dnnl_exec_arg_t args[] = {
-        { DNNL_ARG_SRC, p->src }, { DNNL_ARG_WEIGHTS, weights_memory }, { DNNL_ARG_DST, p->dst },
+        { inner ? DNNL_ARG_DIFF_DST : DNNL_ARG_SRC, p->src },
+        { inner ? DNNL_ARG_SRC : DNNL_ARG_WEIGHTS, weights_memory },
+        { inner ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_DST, p->dst },
     };
     return execute(e, p->primitive, 3, args, &p->shape);
 }
 
 /* ---- layouts ---- */
 
-/* What oneDNN wants for many rows without gaps.  Rows play no part in its choice of blocks, so any count serves. */
-static sel_status layout_make(layout *made, onednn *e)
+/* The layout that oneDNN wants for many rows without gaps, into made->md; NULL: w as it is.  Rows play no part in its
+   choice of blocks, so any count serves. */
+static sel_status layout_describe(layout *made, onednn *e, descs *d)
 {
     const shape *s = &made->shape;
     const dnnl_data_type_t type = operand_type(e->base.dtype);
-    dnnl_memory_desc_t src, dst, any, plain;
     dnnl_primitive_desc_t pd = NULL;
+    desc src, dst;
 
-    SEL_TRY(describe_ends(s, type, &src, &dst));
-    SEL_TRY(checked(s->kind == FORWARD ? describe_any(&any, type, s->in, s->out)
-                                       : describe_any(&any, type, s->out, s->in), "dnnl_memory_desc_init_by_tag", s));
-    SEL_TRY(checked(describe_matmul(&pd, e->engine, &src, &any, &dst, false), "dnnl_primitive_desc_create", s));
-    const dnnl_memory_desc_t *wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
-    made->packed = wanted && !is_plain(wanted) && !is_slow(pd);
-    if (made->packed) made->md = *wanted;
+    describe_ends(d, s, type, &src, &dst);
+    const desc any =
+        s->kind == FORWARD ? describe_any(d, type, s->in, s->out) : describe_any(d, type, s->out, s->in);
+    SEL_TRY(described(d, s));
+    SEL_TRY(checked(describe_matmul(&pd, e->engine, src, any, dst, false), "dnnl_primitive_desc_create", s));
+    const desc wanted = dnnl_primitive_desc_query_md(pd, dnnl_query_weights_md, 0);
+    if (wanted && !is_plain(wanted) && !is_slow(pd)) made->md = describe_again(&made->own, wanted);
     dnnl_primitive_desc_destroy(pd);
-    if (!made->packed && type != dnnl_f32) {   /* float32 weights cannot be read in place: a plain copy of the type */
-        SEL_TRY(checked(describe_plain_weights(&made->md, type, s), "dnnl_memory_desc_init_by_strides", s));
-        made->packed = true;
-    }
-    if (!made->packed) return SEL_OK;
+    /* float32 weights cannot be read in place where operands are bfloat16: a plain copy of the type */
+    if (!made->md && type != dnnl_f32) made->md = describe_plain_weights(&made->own, type, s);
+    return described(&made->own, s);
+}
 
-    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
-    SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, &plain, e->engine, &made->md, e->engine, NULL),
+static sel_status layout_reorder(layout *made, onednn *e, descs *d)
+{
+    const shape *s = &made->shape;
+    dnnl_primitive_desc_t pd = NULL;
+    const desc plain = describe_plain_weights(d, dnnl_f32, s);
+    SEL_TRY(described(d, s));
+    SEL_TRY(checked(dnnl_reorder_primitive_desc_create(&pd, plain, e->engine, made->md, e->engine, NULL),
                     "dnnl_reorder_primitive_desc_create", s));
     const sel_status rc = checked(dnnl_primitive_create(&made->reorder, pd), "dnnl_primitive_create", s);
     dnnl_primitive_desc_destroy(pd);
     return rc;
+}
+
+static sel_status layout_make(layout *made, onednn *e)
+{
+    descs d = { .n = 0 };
+    sel_status rc = layout_describe(made, e, &d);
+    made->packed = made->md != NULL;
+    if (rc == SEL_OK && made->packed) rc = layout_reorder(made, e, &d);
+    descs_free(&d);
+    return rc;
+}
+
+static void layout_free(layout *gone)
+{
+    if (gone->reorder) dnnl_primitive_destroy(gone->reorder);
+    descs_free(&gone->own);
+    free(gone);
 }
 
 static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_out, int64_t n_in)
@@ -312,7 +364,7 @@ static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_ou
     made->shape = s;
     const sel_status rc = layout_make(made, e);
     if (rc != SEL_OK) {
-        free(made);
+        layout_free(made);
         return rc;
     }
     made->next = e->layouts;
@@ -321,17 +373,22 @@ static sel_status layout_get(const layout **out, onednn *e, kind k, int64_t n_ou
     return SEL_OK;
 }
 
-static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in)
+static sel_status weights_make(weights *w, onednn *e, kind k, int64_t n_out, int64_t n_in, size_t *counted)
 {
-    dnnl_memory_desc_t plain;
     SEL_TRY(layout_get(&w->layout, e, k, n_out, n_in));
     const shape *s = &w->layout->shape;
-    SEL_TRY(checked(describe_plain_weights(&plain, dnnl_f32, s), "dnnl_memory_desc_init_by_strides", s));
-    SEL_TRY(checked(dnnl_memory_create(&w->plain, &plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s));
-    if (!w->layout->packed) return SEL_OK;
-    w->block = sel_alloc(dnnl_memory_desc_get_size(&w->layout->md), "the packed weights of a linear layer");
+    descs d = { .n = 0 };
+    const desc plain = describe_plain_weights(&d, dnnl_f32, s);
+    sel_status rc = described(&d, s);
+    if (rc == SEL_OK)
+        rc = checked(dnnl_memory_create(&w->plain, plain, e->engine, DNNL_MEMORY_NONE), "dnnl_memory_create", s);
+    descs_free(&d);
+    if (rc != SEL_OK || !w->layout->packed) return rc;
+    const size_t bytes = dnnl_memory_desc_get_size(w->layout->md);
+    w->block = sel_alloc(bytes, "the packed weights of a linear layer");
     if (!w->block) return SEL_ENOMEM;
-    return checked(dnnl_memory_create(&w->packed, &w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
+    *counted += bytes;
+    return checked(dnnl_memory_create(&w->packed, w->layout->md, e->engine, w->block), "dnnl_memory_create", s);
 }
 
 static void weights_free(weights *w)
@@ -377,23 +434,43 @@ static void onednn_close(sel_linear_engine *base)
     onednn *e = (onednn *)base;
     for (int i = 0; i < e->n_products; i++) product_free(&e->products[i]);
     free(e->products);
+    sel_free(e->sum);
     while (e->layouts) {
         layout *gone = e->layouts;
         e->layouts = gone->next;
-        if (gone->reorder) dnnl_primitive_destroy(gone->reorder);
-        free(gone);
+        layout_free(gone);
     }
     if (e->stream) dnnl_stream_destroy(e->stream);
     if (e->engine) dnnl_engine_destroy(e->engine);
+}
+
+static bool packs(const sel_linear *base, kind k)
+{
+    return base->by[k == FORWARD ? SEL_LINEAR_FORWARD : SEL_LINEAR_INPUT] != SEL_BY_BLAS &&
+           (k == FORWARD || base->backward);
+}
+
+/* Room to make a gradient apart before it is added. */
+static sel_status reserve_sum(onednn *e, size_t floats)
+{
+    if (floats <= e->sum_floats) return SEL_OK;
+    sel_free(e->sum);
+    e->sum_floats = 0;
+    e->sum = sel_alloc(floats * sizeof *e->sum, "the gradient of a linear layer");
+    if (!e->sum) return SEL_ENOMEM;
+    e->sum_floats = floats;
+    return SEL_OK;
 }
 
 static sel_status onednn_make(sel_linear *base)
 {
     matrix *m = (matrix *)base;
     onednn *e = (onednn *)base->engine;
-    SEL_TRY(weights_make(&m->weights[FORWARD], e, FORWARD, base->out, base->in));
-    if (!base->backward) return SEL_OK;
-    return weights_make(&m->weights[BACKWARD_INPUT], e, BACKWARD_INPUT, base->out, base->in);
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k))
+            SEL_TRY(weights_make(&m->weights[k], e, (kind)k, base->out, base->in, &base->bytes));
+    if (!base->backward || base->by[SEL_LINEAR_WEIGHT] != SEL_BY_INNER) return SEL_OK;
+    return reserve_sum(e, (size_t)(base->out * base->in));
 }
 
 static void onednn_drop(sel_linear *base)
@@ -406,9 +483,9 @@ static void onednn_drop(sel_linear *base)
 static sel_status onednn_pack(sel_linear *base, const float *w)
 {
     matrix *m = (matrix *)base;
-    onednn *e = (onednn *)base->engine;
-    SEL_TRY(weights_pack(&m->weights[FORWARD], e, w));
-    return base->backward ? weights_pack(&m->weights[BACKWARD_INPUT], e, w) : SEL_OK;
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k)) SEL_TRY(weights_pack(&m->weights[k], (onednn *)base->engine, w));
+    return SEL_OK;
 }
 
 /* The matrix's product of that kind and shape. */
@@ -416,15 +493,19 @@ static sel_status product_of(product **p, const sel_linear *base, kind k, int64_
 {
     const matrix *m = (const matrix *)base;
     const shape s = { .kind = k, .rows = rows, .out = base->out, .in = base->in, .x_row = x_row, .y_row = y_row };
-    return product_get(p, (onednn *)base->engine, &s, k == BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
+    return product_get(p, (onednn *)base->engine, &s, k >= BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
 }
 
 static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row)
 {
+    const char by = base->by[SEL_LINEAR_WEIGHT];
     product *p;
-    const int kinds = base->backward ? KINDS : BACKWARD_INPUT;
-    for (int k = FORWARD; k < kinds; k++) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
-    return SEL_OK;
+    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
+        if (packs(base, (kind)k)) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
+    if (!base->backward || by == SEL_BY_BLAS) return SEL_OK;
+    if (by == SEL_BY_INNER) return product_of(&p, base, INNER_WEIGHT, rows, x_row, y_row);
+    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, y_row));
+    return product_of(&p, base, BACKWARD_WEIGHT_ADD, rows, x_row, y_row);
 }
 
 /* dst = src times the matrix in the direction of the kind */
@@ -450,12 +531,21 @@ static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const vo
 }
 
 static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row,
-                                         const void *x, int64_t x_row, float *dw)
+                                         const void *x, int64_t x_row, float *dw, bool add)
 {
+    onednn *e = (onednn *)base->engine;
+    const bool inner = base->by[SEL_LINEAR_WEIGHT] == SEL_BY_INNER;
+    const int64_t n = base->out * base->in;
     product *p;
-    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, dy_row));
+    SEL_TRY(product_of(&p, base, inner ? INNER_WEIGHT : add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, rows, x_row,
+                       dy_row));
     SEL_TRY(point(p->weights, x, &p->shape));
-    return product_run((onednn *)base->engine, p, dy, p->weights, dw);
+    if (!inner || !add) return product_run(e, p, dy, p->weights, dw);
+    SEL_TRY(product_run(e, p, dy, p->weights, e->sum));
+    const float *const sum = e->sum;
+    #pragma omp parallel for simd num_threads(base->engine->threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) dw[i] += sum[i];
+    return SEL_OK;
 }
 
 const sel_linear_library_calls sel_linear_onednn_calls = {

@@ -80,10 +80,10 @@ static sel_status blas_backward_input(sel_linear *l, int64_t rows, const void *d
 }
 
 static sel_status blas_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
-                                       int64_t x_row, float *dw)
+                                       int64_t x_row, float *dw, bool add)
 {
     SEL_TRY(check_sizes(l, rows, x_row, dy_row));
-    gemm(l, CblasTrans, CblasNoTrans, l->out, l->in, rows, dy, dy_row, x, x_row, 1.0f, dw, l->in);
+    gemm(l, CblasTrans, CblasNoTrans, l->out, l->in, rows, dy, dy_row, x, x_row, add ? 1.0f : 0.0f, dw, l->in);
     return SEL_OK;
 }
 

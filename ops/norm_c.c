@@ -1,4 +1,4 @@
-/* norm_c.c: RMSNorm of whole rows and of each head's q and k.
+/* norm_c.c: RMSNorm of whole rows, alone or with the residual sum before it, and of each head's q and k.
  *
  *     y = x / rms * w,    rms = sqrt(mean of x^2 + 1e-6)
  *
@@ -31,29 +31,42 @@ static inline float inverse_rms(const float *x, int64_t D)
     return (float)(1.0 / sqrt(sum / (double)D + EPSILON));
 }
 
+/* y = x r w of one row, float32 or bfloat16. */
+static inline void scale_one(bool bfloat16, void *y, const float *x, const float *w, float r, int64_t D)
+{
+    int64_t d = 0;
+    for (; d + VL <= D; d += VL) vstore_as(bfloat16, y, d, vload(x + d) * r * vload(w + d), VL);
+    if (d < D) vstore_as(bfloat16, y, d, vload_n(x + d, D - d) * r * vload_n(w + d, D - d), D - d);
+}
+
 /* One row to y, float32 or bfloat16; returns 1 / rms. */
 static inline float forward_one(bool bfloat16, void *y, const float *x, const float *w, int64_t D)
 {
     const float r = inverse_rms(x, D);
-    int64_t d = 0;
-    for (; d + VL <= D; d += VL) vstore_as(bfloat16, y, d, vload(x + d) * r * vload(w + d), VL);
-    if (d < D) vstore_as(bfloat16, y, d, vload_n(x + d, D - d) * r * vload_n(w + d, D - d), D - d);
+    scale_one(bfloat16, y, x, w, r, D);
     return r;
 }
 
-/* One vector, or its first n lanes: dx = gradient, or dx += gradient where add; dw += its part.  dx may be dy. */
-static inline void backward_vector(float *dx, float *dw, const float *dy, const float *x, const float *w, float r,
-                                   float mean, int64_t n, bool add)
+/* Row `row` of an array of rows of D that is bfloat16 or float32. */
+static inline void *row_of(bool bfloat16, void *y, int64_t row, int64_t D)
 {
-    const vf g = vload_n(dy, n), y = vload_n(x, n) * r;
-    vf gradient = r * (g * vload_n(w, n) - y * mean);
-    if (add) gradient += vload_n(dx, n);
-    vstore_n(dw, vload_n(dw, n) + g * y, n);
-    vstore_n(dx, gradient, n);
+    return bfloat16 ? (void *)((uint16_t *)y + row * D) : (void *)((float *)y + row * D);
 }
 
-static inline void backward_one(float *dx, float *dw, const float *dy, const float *x, const float *w, float r,
-                                int64_t D, bool add)
+/* One vector, or its first n lanes, at d of a row: dx = gradient (+ residual); dw += its part.  dx may be dy or the
+   residual. */
+static inline void backward_vector(bool bfloat16, void *dx, const float *residual, float *dw, const float *dy,
+                                   const float *x, const float *w, float r, float mean, int64_t d, int64_t n)
+{
+    const vf g = vload_n(dy + d, n), y = vload_n(x + d, n) * r;
+    vf gradient = r * (g * vload_n(w + d, n) - y * mean);
+    if (residual) gradient += vload_n(residual + d, n);
+    vstore_n(dw + d, vload_n(dw + d, n) + g * y, n);
+    vstore_as(bfloat16, dx, d, gradient, n);
+}
+
+static inline void backward_one(bool bfloat16, void *dx, const float *residual, float *dw, const float *dy,
+                                const float *x, const float *w, float r, int64_t D)
 {
     vf a = vset1(0.0f), b = a;
     int64_t d = 0;
@@ -65,8 +78,15 @@ static inline void backward_one(float *dx, float *dw, const float *dy, const flo
     for (; d < D; d++) sum += dy[d] * w[d] * (x[d] * r);
     const float mean = sum / (float)D;
 
-    for (d = 0; d + VL <= D; d += VL) backward_vector(dx + d, dw + d, dy + d, x + d, w + d, r, mean, VL, add);
-    if (d < D) backward_vector(dx + d, dw + d, dy + d, x + d, w + d, r, mean, D - d, add);
+    for (d = 0; d + VL <= D; d += VL) backward_vector(bfloat16, dx, residual, dw, dy, x, w, r, mean, d, VL);
+    if (d < D) backward_vector(bfloat16, dx, residual, dw, dy, x, w, r, mean, d, D - d);
+}
+
+static inline void round_one(uint16_t *restrict y, const float *restrict x, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) vstore_bf16(y + i, vload(x + i), VL);
+    if (i < n) vstore_bf16(y + i, vload_n(x + i, n - i), n - i);
 }
 
 static void rmsnorm_forward(float *restrict y, float *restrict rstd, const float *restrict x,
@@ -89,6 +109,29 @@ static void rmsnorm_forward_bf16(uint16_t *restrict y, float *restrict rstd, con
     }
 }
 
+/* The sum is made in one trip of its own: the row, and the norm's two, stay in the first cache. */
+static inline void residual_norm_rows(bool bfloat16, void *y, float *rstd, float *sum, const float *x,
+                                      const float *branch, const float *w, int64_t rows, int64_t D, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        float *to = sum + row * D;
+        const float *a = x + row * D, *b = branch + row * D;
+        int64_t d = 0;
+        for (; d + VL <= D; d += VL) vstore(to + d, vload(a + d) + vload(b + d));
+        for (; d < D; d++) to[d] = a[d] + b[d];
+        const float r = forward_one(bfloat16, row_of(bfloat16, y, row, D), to, w, D);
+        if (rstd) rstd[row] = r;
+    }
+}
+
+static void residual_norm(void *y, bool bfloat16, float *rstd, float *sum, const float *x, const float *branch,
+                          const float *w, int64_t rows, int64_t D, int threads)
+{
+    if (bfloat16) residual_norm_rows(true, y, rstd, sum, x, branch, w, rows, D, threads);
+    else residual_norm_rows(false, y, rstd, sum, x, branch, w, rows, D, threads);
+}
+
 static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict rstd, const float *restrict x,
                              int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh,
                              int threads)
@@ -101,6 +144,15 @@ static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict r
         }
 }
 
+static void headnorm_again(float *restrict y, int64_t y_row, const float *restrict rstd, const float *restrict x,
+                           int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t h = 0; h < heads; h++)
+            scale_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, rstd[row * heads + h], dh);
+}
+
 /* dw += the threads' partial sums, in order: the same bits for equal threads. */
 static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int threads)
 {
@@ -108,24 +160,31 @@ static void add_partials(float *restrict dw, const float *restrict scratch, int6
         for (int64_t d = 0; d < D; d++) dw[d] += scratch[t * D + d];
 }
 
-static void rmsnorm_backward(float *restrict dx, float *restrict dw, const float *restrict dy,
-                             const float *restrict x, const float *restrict rstd, const float *restrict w,
-                             float *restrict scratch, int64_t rows, int64_t D, int threads)
+static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restrict dx16, void *restrict y,
+                             float *restrict dw, const float *restrict dy, const float *restrict x,
+                             const float *restrict rstd, const float *restrict w, float *restrict scratch,
+                             int64_t rows, int64_t D, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
         float *part = scratch + t * D;
         memset(part, 0, (size_t)D * sizeof *part);
-        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++)
-            backward_one(dx + row * D, part, dy + row * D, x + row * D, w, rstd[row], D, true);
+        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            const float *at = x + row * D;
+            backward_one(false, dx + row * D, residual ? residual + row * D : NULL, part, dy + row * D, at, w,
+                         rstd[row], D);
+            if (dx16) round_one(dx16 + row * D, dx + row * D, D);
+            if (y && dx16) scale_one(true, (uint16_t *)y + row * D, at, w, rstd[row], D);
+            else if (y) scale_one(false, (float *)y + row * D, at, w, rstd[row], D);
+        }
     }
     add_partials(dw, scratch, D, threads);
 }
 
-static void headnorm_backward(float *dx, int64_t dx_row, float *restrict dw, const float *dy, int64_t dy_row,
-                              const float *restrict x, int64_t x_row, const float *restrict rstd,
-                              const float *restrict w, float *restrict scratch, int64_t rows, int64_t heads,
-                              int64_t dh, int threads)
+static inline void headnorm_backward_rows(bool bfloat16, void *dx, int64_t dx_row, float *restrict dw, const float *dy,
+                                          int64_t dy_row, const float *restrict x, int64_t x_row,
+                                          const float *restrict rstd, const float *restrict w,
+                                          float *restrict scratch, int64_t rows, int64_t heads, int64_t dh, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
@@ -133,17 +192,39 @@ static void headnorm_backward(float *dx, int64_t dx_row, float *restrict dw, con
         memset(part, 0, (size_t)dh * sizeof *part);
         for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++)
             for (int64_t h = 0; h < heads; h++)
-                backward_one(dx + row * dx_row + h * dh, part, dy + row * dy_row + h * dh, x + row * x_row + h * dh,
-                             w, rstd[row * heads + h], dh, false);
+                backward_one(bfloat16, (char *)row_of(bfloat16, dx, row, dx_row) +
+                                           (size_t)(h * dh) * (bfloat16 ? sizeof(uint16_t) : sizeof(float)),
+                             NULL, part, dy + row * dy_row + h * dh, x + row * x_row + h * dh, w,
+                             rstd[row * heads + h], dh);
     }
     add_partials(dw, scratch, dh, threads);
+}
+
+static void headnorm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
+                              const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
+                              int64_t rows, int64_t heads, int64_t dh, int threads)
+{
+    if (bfloat16)
+        headnorm_backward_rows(true, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
+    else
+        headnorm_backward_rows(false, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
+}
+
+static void round_rows(uint16_t *restrict y, int64_t y_row, const float *restrict x, int64_t x_row, int64_t rows,
+                       int64_t n, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) round_one(y + row * y_row, x + row * x_row, n);
 }
 
 void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
 {
     ops->rmsnorm_forward = rmsnorm_forward;
     ops->rmsnorm_forward_bf16 = rmsnorm_forward_bf16;
+    ops->residual_norm = residual_norm;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->headnorm_forward = headnorm_forward;
+    ops->headnorm_again = headnorm_again;
     ops->headnorm_backward = headnorm_backward;
+    ops->round_rows = round_rows;
 }

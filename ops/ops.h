@@ -10,6 +10,7 @@
 #ifndef SEL_OPS_OPS_H
 #define SEL_OPS_OPS_H
 
+#include <stdbool.h>
 #include "ops/attention.h"
 #include "ops/cpu.h"
 
@@ -30,18 +31,30 @@ typedef struct sel_ops {
     void (*rmsnorm_forward)(float *y, float *rstd, const float *x, const float *w, int64_t rows, int64_t D,
                             int threads);
 
-    /* dx[r] += gradient through the norm (dx holds the residual branch's gradient);
-       dw [D] += ; scratch [threads][D]. */
-    void (*rmsnorm_backward)(float *dx, float *dw, const float *dy, const float *x, const float *rstd,
-                             const float *w, float *scratch, int64_t rows, int64_t D, int threads);
+    /* sum = x + branch (sum may be x), then the norm of sum to y, which is bfloat16 or float32: the residual stream
+       and what the next product reads of it, in one pass. */
+    void (*residual_norm)(void *y, bool bfloat16, float *rstd, float *sum, const float *x, const float *branch,
+                          const float *w, int64_t rows, int64_t D, int threads);
+
+    /* dx = residual + gradient through the norm; residual is the other branch's gradient, NULL: none, and may be dx.
+       dw [D] += ; scratch [threads][D].  Where not NULL: dx16 is dx rounded to bfloat16; y is the norm's output again
+       as forward gave it, bfloat16 where dx16 is wanted, else float32. */
+    void (*rmsnorm_backward)(float *dx, const float *residual, uint16_t *dx16, void *y, float *dw, const float *dy,
+                             const float *x, const float *rstd, const float *w, float *scratch, int64_t rows,
+                             int64_t D, int threads);
 
     /* q/k norm: the same norm over each head's dh values, one w [dh] for all heads.
        x and y: rows of `heads` heads, x_row and y_row floats apart; rstd [rows][heads]. */
     void (*headnorm_forward)(float *y, int64_t y_row, float *rstd, const float *x, int64_t x_row, const float *w,
                              int64_t rows, int64_t heads, int64_t dh, int threads);
 
-    /* dx = gradient (overwritten; may be dy); dw [dh] += ; scratch [threads][dh]. */
-    void (*headnorm_backward)(float *dx, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
+    /* y again as headnorm_forward gave it, from the rstd that it left. */
+    void (*headnorm_again)(float *y, int64_t y_row, const float *rstd, const float *x, int64_t x_row, const float *w,
+                           int64_t rows, int64_t heads, int64_t dh, int threads);
+
+    /* dx = gradient, bfloat16 or float32 (then it may be dy); dw [dh] += ; scratch [threads][dh].  dx_row in elements
+       of dx. */
+    void (*headnorm_backward)(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
                               const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
                               int64_t rows, int64_t heads, int64_t dh, int threads);
 
@@ -55,6 +68,9 @@ typedef struct sel_ops {
     /* y [n] = x [n] rounded to bfloat16 (to nearest even; NaN stays NaN). */
     void (*to_bfloat16)(uint16_t *y, const float *x, int64_t n, int threads);
 
+    /* The same for rows of n values, y_row and x_row elements apart. */
+    void (*round_rows)(uint16_t *y, int64_t y_row, const float *x, int64_t x_row, int64_t rows, int64_t n, int threads);
+
     /* rmsnorm_forward, swiglu_forward and swiglu_backward whose results go straight into products: y, a and dgu are
        bfloat16; otherwise as above (dgu may not be gu). */
     void (*rmsnorm_forward_bf16)(uint16_t *y, float *rstd, const float *x, const float *w, int64_t rows, int64_t D,
@@ -63,15 +79,12 @@ typedef struct sel_ops {
     void (*swiglu_backward_bf16)(uint16_t *dgu, uint16_t *a, const float *da, const float *gu, int64_t rows, int64_t Fw,
                                  int threads);
 
-    /* y += x, n values */
-    void (*add)(float *y, const float *x, int64_t n, int threads);
-
     /* Per row of logits [rows][V] (in place): logp[r] = log softmax at target[r] in double;
        best[r] = 1 where target is the largest logit (first among equals), else 0; where
-       grad_scale is not 0 the logits become grad_scale * (softmax - onehot).  A target < 0 is
-       padding: logp 0, best 0, gradient 0. */
-    void (*cross_entropy)(float *logits, double *logp, uint8_t *best, const int32_t *target, float grad_scale,
-                          int64_t rows, int64_t V, int threads);
+       grad_scale is not 0 the logits become grad_scale * (softmax - onehot), or, grad16 [rows][V] not NULL, that
+       goes there as bfloat16 and the logits are spoilt.  A target < 0 is padding: logp 0, best 0, gradient 0. */
+    void (*cross_entropy)(float *logits, uint16_t *grad16, double *logp, uint8_t *best, const int32_t *target,
+                          float grad_scale, int64_t rows, int64_t V, int threads);
 
     /* AdamW (Loshchilov & Hutter) on n values: m, v moments; g is scaled by g_scale (clipping)
        first; correction1 = 1 - beta1^t, correction2 = 1 - beta2^t; w -= lr (mhat / (sqrt(vhat) + eps) + decay w). */

@@ -37,6 +37,27 @@ check "decode(encode(text)) is the text" cmp out text
 expect 0 selectra tokenizer decode --model tokenizer.model <ids
 check "the same from standard input" cmp out text
 
+# --- where the time goes; who makes the products
+
+train timed model.context=64 train.batch=4 train.steps=4 compute.linear_backend=auto
+expect 0 selectra "${arguments[@]}" --profile
+check "train --profile shows the parts" grep -qE '^  gate_up +backward_weight .*% of peak' out
+grep '"event":"profile"' timed/metrics.jsonl >event
+check "its parts are an event of the metrics" grep -q '"steps":4,"parts":\[{"name":"data"' event
+for part in qkv o_proj gate_up down_proj lm_head; do
+    flops=$(grep -oE "\"name\":\"$part\",\"pass\":\"[a-z_]+\",\"seconds\":[^,]+,\"flops\":[0-9.e+]+" event |
+            sed 's/.*://' | sort | uniq -c | tr -s ' ')
+    check "the three products of $part do the same work: $flops" grep -qE '^ 3 [1-9]' <(printf '%s\n' "$flops")
+done
+choice=$(grep linear_choice: timed/config.yaml)
+check "what auto measured is kept: $choice" grep -qE 'qkv=[mb]{2}[mib],.*lm_head=[mb]{2}[mib]' timed/config.yaml
+expect 0 selectra "${arguments[@]}" train.steps=8
+check "and stays when the run goes on" test "$(grep linear_choice: timed/config.yaml)" = "$choice"
+train other model.context=64 train.batch=4 train.steps=4 compute.linear_backend=auto compute.linear_choice=qkv=mix
+expect 2 selectra "${arguments[@]}"
+check "a wrong choice is the user's mistake" grep -q 'compute.linear_choice: ' err
+check "and leaves no run folder" test ! -e other
+
 # --- the packed corpus, and what a step trains on
 expect 0 selectra data info valid --json
 tokens=$(number tokens out)

@@ -33,7 +33,7 @@ elsewhere() {   # HEADER HOME-REGEX
     bad=1
 }
 elsewhere 'mpi\.h' 'dist/[a-z]+\.c'
-elsewhere 'dnnl\.h' 'ops/linear_onednn\.c'
+elsewhere 'dnnl\.h' 'ops/onednn_api\.h'
 elsewhere 'cblas\.h' 'ops/linear_openblas\.c'
 elsewhere 'immintrin\.h' 'ops/[a-z0-9_]+_(avx[0-9a-z]+\.c|words\.h)'
 elsewhere 'yaml\.h' 'core/config/yaml\.c'

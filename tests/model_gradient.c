@@ -232,14 +232,15 @@ static void check_train(const example *e, const way *w, const sel_ops *ops, sel_
     /* Twice: the second step must not remember the first. */
     for (int step = 0; step < 2; step++) {
         sel_batch_stats sum = { 0 };
-        memset(grads, 0, (size_t)total * sizeof *grads);
+        for (int t = 0; t < e->layout->n_tensors; t++)   /* what lies there must not matter */
+            for (int64_t i = 0; i < e->layout->tensors[t].count; i++) grads[e->layout->tensors[t].offset + i] = NAN;
         memset(p.told, 0, (size_t)total);
         p.mistakes = 0;
         for (int64_t b = 0; b < e->B; b += w->micro) {
             const int64_t count = e->B - b < w->micro ? e->B - b : w->micro;
             const bool last = b + count == e->B;
             sel_batch_stats s;
-            CHECK_OK(sel_model_train(m, e->params, grads, e->tokens + b * (e->n + 1), count, e->n,
+            CHECK_OK(sel_model_train(m, e->params, grads, b > 0, e->tokens + b * (e->n + 1), count, e->n,
                                      1.0 / (double)e->predicted, e->ref.epsilon / (double)e->B,
                                      last ? note_ready : NULL, &p, &s));
             sum.loss += s.loss;
@@ -357,7 +358,7 @@ static void check_bfloat16(const example *e, int threads, const sel_ops *ops)
     sel_model *m = model_open(e, &w, SEL_USE_TRAIN, ops, engine);
     float *grads = sel_alloc((size_t)total * sizeof *grads, "gradients");
     if (!grads) abort();
-    CHECK_OK(sel_model_train(m, e->params, grads, e->tokens, e->B, e->n, 1.0 / (double)e->predicted,
+    CHECK_OK(sel_model_train(m, e->params, grads, false, e->tokens, e->B, e->n, 1.0 / (double)e->predicted,
                              e->ref.epsilon / (double)e->B, NULL, NULL, &s));
     const double off = fabs(s.loss / (double)e->predicted - e->loss) / e->loss;
     const double error = distance(grads, e->grad, total) / norm(e->grad, total);
@@ -404,7 +405,7 @@ static void check_shorter(int64_t planned, int64_t used)
         memset(grads[k], 0, (size_t)layout->total * sizeof **grads);
         logp[k] = room(used, sizeof **logp);
         CHECK_OK(sel_model_score(m, params, tokens, 1, used, logp[k], NULL, &s[k]));
-        CHECK_OK(sel_model_train(m, params, grads[k], tokens, 1, used, 1.0 / (double)used, 0.0, NULL, NULL,
+        CHECK_OK(sel_model_train(m, params, grads[k], false, tokens, 1, used, 1.0 / (double)used, 0.0, NULL, NULL,
                                  &s[2 + k]));
         sel_model_free(&m);
     }

@@ -115,8 +115,8 @@ static void check_backward_weight(const setup *s, sel_linear *l, const grid *x, 
     memcpy(before.at, dw.at, (size_t)dw.size * sizeof(float));
     grid again = grid_new(s->out, s->in, s->in, s->exact);
     memcpy(again.at, dw.at, (size_t)dw.size * sizeof(float));
-    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, dw.at));
-    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at));
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, dw.at, true));
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at, true));
     CHECK(memcmp(dw.at, again.at, (size_t)dw.size * sizeof(float)) == 0, "%s: two runs differ", name);
     bool good = true;
     for (int64_t o = 0; o < s->out; o++)
@@ -125,6 +125,16 @@ static void check_backward_weight(const setup *s, sel_linear *l, const grid *x, 
                          s->rows, s->exact);
     CHECK(good, "%s", name);
     rim_check(&dw, name);
+
+    /* written instead of added to: NaN that lies there must not matter */
+    for (int64_t i = 0; i < s->out * s->in; i++) again.at[i] = NAN;
+    CHECK_OK(sel_linear_backward_weight(l, s->rows, dy->at, dy->row, x->at, x->row, again.at, false));
+    good = true;
+    for (int64_t o = 0; o < s->out; o++)
+        for (int64_t i = 0; i < s->in; i++)
+            good &= near(again.at[o * s->in + i], 0.0, dy->at + o, dy->row, x->at + i, x->row, s->rows, s->exact);
+    CHECK(good, "%s, written", name);
+    rim_check(&again, name);
     free(again.at);
     free(before.at);
     free(dw.at);
@@ -134,6 +144,35 @@ static const int64_t ROWS[] = { 1, 2, 3, 17, 33, 127 };
 static const int64_t SHAPES[][2] = { { 1, 1 },   { 1, 7 },    { 7, 1 },     { 5, 3 },    { 16, 16 },
                                      { 31, 33 }, { 33, 127 }, { 127, 257 }, { 257, 48 }, { 192, 64 } };
 static const int64_t GAPS[][2] = { { 0, 0 }, { 5, 0 }, { 0, 9 }, { 3, 17 } };
+
+/* Every maker of a float32 engine's products, on shapes wide and tall; what cannot make them is refused; a probe leaves
+   the engine as it was and finds letters that it may choose. */
+static void check_shape(sel_linear_engine *e, int64_t out, int64_t in, bool exact);
+static void check_choices(int threads)
+{
+    static const char makers[][SEL_LINEAR_PASSES + 1] = { "mmm", "mmi", "bbb", "bmi", "mbm" };
+    static const char wrong[][SEL_LINEAR_PASSES + 1] = { "imm", "mim", "mmx" };
+    sel_linear_engine *e = NULL;
+    CHECK_OK(sel_linear_open(&e, SEL_LINEAR_ONEDNN, SEL_FLOAT32, threads));
+    if (!e) return;
+    for (size_t k = 0; k < sizeof makers / sizeof *makers; k++)
+        for (int tall = 0; tall < 2; tall++) {
+            sel_linear_choice c = { .out = tall ? 127 : 33, .in = tall ? 33 : 127 };
+            memcpy(c.by, makers[k], sizeof c.by);
+            CHECK_OK(sel_linear_choose(e, &c));
+            check_shape(e, c.out, c.in, false);
+        }
+    for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
+        sel_linear_choice c = { .out = 7, .in = 5 };
+        memcpy(c.by, wrong[k], sizeof c.by);
+        CHECK(sel_linear_choose(e, &c) == SEL_EUSER && strstr(sel_error(), wrong[k]), "%s: %s", wrong[k], sel_error());
+    }
+    sel_linear_choice found = { .out = 64, .in = 48 };
+    CHECK_OK(sel_linear_probe(e, 100, &found));
+    CHECK_OK(sel_linear_choose(e, &found));
+    check_shape(e, 64, 48, false);
+    sel_linear_close(&e);
+}
 
 /* One matrix, many row counts and strides; then other weights. */
 static void check_shape(sel_linear_engine *e, int64_t out, int64_t in, bool exact)
@@ -158,7 +197,7 @@ static void check_shape(sel_linear_engine *e, int64_t out, int64_t in, bool exac
         CHECK_OK(sel_linear_prepare(l, 0, in, out));
         CHECK_OK(sel_linear_forward(l, 0, NULL, in, NULL, out));
         CHECK_OK(sel_linear_backward_input(l, 0, NULL, out, NULL, in));
-        CHECK_OK(sel_linear_backward_weight(l, 0, NULL, out, NULL, in, NULL));
+        CHECK_OK(sel_linear_backward_weight(l, 0, NULL, out, NULL, in, NULL, true));
         free(w.at);
     }
     sel_linear_free(&l);
@@ -243,8 +282,88 @@ static void check_backend(sel_linear_backend backend, const char *library)
     }
 }
 
+/* Small integers, exact in bfloat16 and in any order of float32 sums. */
+static uint16_t *integers16(int64_t n, float *as_float)
+{
+    uint16_t *x = malloc((size_t)n * sizeof *x);
+    if (!x) abort();
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        as_float[i] = (float)((int)(random_uniform() * 17.0) - 8);
+        memcpy(&bits, as_float + i, sizeof bits);
+        x[i] = (uint16_t)(bits >> 16);
+    }
+    return x;
+}
+
+/* The three products of bfloat16 operands, by matmul and inner product, equal to the exact sums. */
+static void check_bfloat16(int64_t rows, int64_t out, int64_t in, char weight_by, int threads)
+{
+    sel_linear_engine *e = NULL;
+    sel_linear *l = NULL;
+    const sel_linear_choice c = { .out = out, .in = in, .by = { SEL_BY_MATMUL, SEL_BY_MATMUL, weight_by } };
+    CHECK_OK(sel_linear_open(&e, SEL_LINEAR_ONEDNN, SEL_BFLOAT16, threads));
+    if (!e) return;
+    CHECK_OK(sel_linear_choose(e, &c));
+    if (sel_linear_new(&l, e, out, in, true) != SEL_OK) {
+        printf("bfloat16 not tested: %s\n", sel_error());
+        sel_linear_close(&e);
+        return;
+    }
+    float *xf = malloc((size_t)(rows * in) * sizeof *xf), *df = malloc((size_t)(rows * out) * sizeof *df);
+    float *w = malloc((size_t)(out * in) * sizeof *w), *y = malloc((size_t)(rows * out) * sizeof *y);
+    float *dx = malloc((size_t)(rows * in) * sizeof *dx), *dw = malloc((size_t)(out * in) * sizeof *dw);
+    if (!xf || !df || !w || !y || !dx || !dw) abort();
+    uint16_t *x = integers16(rows * in, xf), *dy = integers16(rows * out, df);
+    free(integers16(out * in, w));
+    CHECK_OK(sel_linear_pack(l, w));
+    CHECK_OK(sel_linear_forward(l, rows, x, in, y, out));
+    CHECK_OK(sel_linear_backward_input(l, rows, dy, out, dx, in));
+    CHECK_OK(sel_linear_backward_weight(l, rows, dy, out, x, in, dw, false));
+    CHECK_OK(sel_linear_backward_weight(l, rows, dy, out, x, in, dw, true));
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = 0; o < out; o++) {
+            double sum = 0.0;
+            for (int64_t i = 0; i < in; i++) sum += (double)xf[r * in + i] * (double)w[o * in + i];
+            wrong += sum != (double)y[r * out + o];
+        }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < in; i++) {
+            double sum = 0.0;
+            for (int64_t o = 0; o < out; o++) sum += (double)df[r * out + o] * (double)w[o * in + i];
+            wrong += sum != (double)dx[r * in + i];
+        }
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t i = 0; i < in; i++) {
+            double sum = 0.0;
+            for (int64_t r = 0; r < rows; r++) sum += (double)df[r * out + o] * (double)xf[r * in + i];
+            wrong += 2.0 * sum != (double)dw[o * in + i];
+        }
+    CHECK(wrong == 0, "bfloat16 %d x %d, %d rows, %c: %d values wrong", (int)out, (int)in, (int)rows, weight_by,
+          (int)wrong);
+    free(x);
+    free(dy);
+    free(xf);
+    free(df);
+    free(w);
+    free(y);
+    free(dx);
+    free(dw);
+    sel_linear_free(&l);
+    sel_linear_close(&e);
+}
+
 int main(void)
 {
+    for (int threads = 1; threads <= 2; threads++) {
+        check_choices(threads);
+        for (int k = 0; k < 2; k++) {
+            const char by = k ? SEL_BY_INNER : SEL_BY_MATMUL;
+            check_bfloat16(33, 48, 64, by, threads);
+            check_bfloat16(127, 65, 129, by, threads);
+        }
+    }
     check_backend(SEL_LINEAR_ONEDNN, "oneDNN ");
     check_backend(SEL_LINEAR_OPENBLAS, "OpenBLAS ");
     return check_verdict();

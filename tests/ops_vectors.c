@@ -229,6 +229,44 @@ static norm_row norm_row_new(int64_t D)
     return (norm_row){ at, at + D, at + 2 * D, at + 3 * D, at + 4 * D, at + 5 * D };
 }
 
+/* The sum is exact to its one rounding; the norm of it is rmsnorm_forward's (checked against double above), to the
+   bit, whatever lies where: the sum in x's place, y in the branch's. */
+static void test_residual_norm(const float *x, const float *w, int64_t rows, int64_t D, int threads)
+{
+    const int64_t n = rows * D;
+    const float *branch = noise(n, 1.0f);
+    float *sum = array(n), *want = array(n), *y = array(n), *rstd = array(rows), *want_rstd = array(rows);
+    float *own = copy(x, n), *over = copy(branch, n);
+    uint16_t *half = halves(n);
+    ops.residual_norm(y, false, rstd, sum, x, branch, w, rows, D, threads);
+    for (int64_t i = 0; i < n; i++) CHECK(sum[i] == x[i] + branch[i], "%s: sum[%" PRId64 "]", place, i);
+    ops.rmsnorm_forward(want, want_rstd, sum, w, rows, D, 1);
+    CHECK(same(y, want, n) && same(rstd, want_rstd, rows), "%s: norm of the sum", place);
+    ops.residual_norm(over, false, NULL, own, own, over, w, rows, D, 1);
+    CHECK(same(own, sum, n) && same(over, want, n), "%s: norm of the sum in place", place);
+    ops.residual_norm(half, true, rstd, sum, x, branch, w, rows, D, threads);
+    CHECK(rounded(half, want, n) && same(rstd, want_rstd, rows), "%s: norm of the sum in bfloat16", place);
+}
+
+/* Against the float32 backward with the residual in dx's place, which the caller checks against double. */
+static void test_norm_outputs(const float *want, const float *dw_want, const float *residual, const float *dw_before,
+                              const float *y, const float *dy, const float *x, const float *rstd, const float *w,
+                              int64_t rows, int64_t D, int threads)
+{
+    const int64_t n = rows * D;
+    float *dx = array(n), *dw = copy(dw_before, D), *again = array(n), *scratch = array(threads * D), *bare = array(n);
+    uint16_t *dx16 = halves(n), *again16 = halves(n);
+    ops.rmsnorm_backward(dx, residual, NULL, again, dw, dy, x, rstd, w, scratch, rows, D, threads);
+    CHECK(same(dx, want, n) && same(dw, dw_want, D), "%s: backward with a residual elsewhere", place);
+    CHECK(same(again, y, n), "%s: y rebuilt differs from forward's", place);
+    ops.rmsnorm_backward(dx, residual, dx16, again16, dw, dy, x, rstd, w, scratch, rows, D, threads);
+    CHECK(same(dx, want, n) && rounded(dx16, want, n) && rounded(again16, y, n), "%s: backward in bfloat16", place);
+    for (int64_t i = 0; i < n; i++) dx[i] = 0.0f;
+    ops.rmsnorm_backward(dx, dx, NULL, NULL, dw, dy, x, rstd, w, scratch, rows, D, threads);
+    ops.rmsnorm_backward(bare, NULL, NULL, NULL, dw, dy, x, rstd, w, scratch, rows, D, threads);
+    for (int64_t i = 0; i < n; i++) CHECK(bare[i] == dx[i], "%s: backward without a residual [%" PRId64 "]", place, i);
+}
+
 /* heads = 0: rmsnorm, whose backward adds to dx; otherwise headnorm with rows x_row, y_row, ... apart.  D is the
    norm's width in both. */
 static void test_norm(int64_t D, int heads, int threads, float size)
@@ -246,6 +284,9 @@ static void test_norm(int64_t D, int heads, int threads, float size)
         ops.headnorm_forward(y, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
         ops.headnorm_forward(y1, y_row, NULL, x, x_row, w, ROWS, heads, D, 1);
         ops.headnorm_forward(y1, y_row, rstd1, x, x_row, w, ROWS, heads, D, 1);
+        float *y2 = copy(y_before, ROWS * y_row);
+        ops.headnorm_again(y2, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
+        CHECK(same(y2, y, ROWS * y_row), "%s: y rebuilt differs from forward's", place);
     } else {
         ops.rmsnorm_forward(y, rstd, x, w, ROWS, D, threads);
         ops.rmsnorm_forward(y1, NULL, x, w, ROWS, D, 1);
@@ -261,6 +302,7 @@ static void test_norm(int64_t D, int heads, int threads, float size)
         memset(half, 0xff, (size_t)(ROWS * D) * sizeof *half);
         ops.rmsnorm_forward_bf16(half, rstd2, x, w, ROWS, D, threads);
         CHECK(rounded(half, y, ROWS * D) && same(rstd2, rstd, ROWS), "%s: bfloat16 is not float32 rounded", place);
+        test_residual_norm(x, w, ROWS, D, threads);
     }
 
     const float *dy = noise(ROWS * y_row, 1.0f);
@@ -268,15 +310,29 @@ static void test_norm(int64_t D, int heads, int threads, float size)
     const float *dx_before = copy(dx, ROWS * x_row), *dw_before = copy(dw, D);
     float *dx1 = copy(dx, ROWS * x_row), *dw1 = copy(dw, D), *own = copy(dy, ROWS * y_row), *dw2 = copy(dw, D);
     if (heads) {
-        ops.headnorm_backward(dx, x_row, dw, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
-        ops.headnorm_backward(dx1, x_row, dw1, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
-        ops.headnorm_backward(own, y_row, dw2, own, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
+        ops.headnorm_backward(dx, false, x_row, dw, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
+        ops.headnorm_backward(dx1, false, x_row, dw1, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
+        ops.headnorm_backward(own, false, y_row, dw2, own, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
         for (int64_t r = 0; r < ROWS; r++)
             CHECK(same(own + r * y_row, dx + r * x_row, wide), "%s: dx in dy's place, row %" PRId64, place, r);
         CHECK(same(dw2, dw, D), "%s: dw with dx in dy's place", place);
+        uint16_t *half = halves(ROWS * x_row), *half1 = halves(ROWS * x_row);
+        float *dw3 = copy(dw_before, D);
+        memset(half, 0xff, (size_t)(ROWS * x_row) * sizeof *half);
+        memset(half1, 0xff, (size_t)(ROWS * x_row) * sizeof *half1);
+        ops.headnorm_backward(half, true, x_row, dw3, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
+        ops.round_rows(half1, x_row, dx, x_row, ROWS, wide, threads);
+        CHECK(memcmp(half, half1, (size_t)(ROWS * x_row) * sizeof *half) == 0 && same(dw3, dw, D),
+              "%s: bfloat16 dx is not float32 rounded", place);
+        for (int64_t r = 0; r < ROWS; r++) {
+            CHECK(rounded(half1 + r * x_row, dx + r * x_row, wide), "%s: round_rows, row %" PRId64, place, r);
+            for (int64_t d = wide; d < x_row; d++)
+                CHECK(half[r * x_row + d] == 0xffff, "%s: gap of bfloat16 dx, row %" PRId64, place, r);
+        }
     } else {
-        ops.rmsnorm_backward(dx, dw, dy, x, rstd, w, scratch, ROWS, D, threads);
-        ops.rmsnorm_backward(dx1, dw1, dy, x, rstd, w, scratch, ROWS, D, threads);
+        ops.rmsnorm_backward(dx, dx, NULL, NULL, dw, dy, x, rstd, w, scratch, ROWS, D, threads);
+        ops.rmsnorm_backward(dx1, dx1, NULL, NULL, dw1, dy, x, rstd, w, scratch, ROWS, D, threads);
+        test_norm_outputs(dx, dw, dx_before, dw_before, y, dy, x, rstd, w, ROWS, D, threads);
     }
     CHECK(same(dx, dx1, ROWS * x_row) && same(dw, dw1, D), "%s: two runs differ", place);
 
@@ -488,10 +544,17 @@ static void test_loss(int64_t V, int64_t rows, int threads)
     static const float scales[] = { 0.0f, 1.0f, 0.37f, -0x1p-20f };
     for (int s = 0; s < COUNT(scales); s++) {
         float *many = copy(z, rows * V), *one = copy(z, rows * V);
-        ops.cross_entropy(many, logp, best, target, scales[s], rows, V, threads);
-        ops.cross_entropy(one, logp1, best1, target, scales[s], rows, V, 1);
+        ops.cross_entropy(many, NULL, logp, best, target, scales[s], rows, V, threads);
+        ops.cross_entropy(one, NULL, logp1, best1, target, scales[s], rows, V, 1);
         CHECK(same(many, one, rows * V) && memcmp(logp, logp1, (size_t)rows * sizeof *logp) == 0,
               "%s: bits depend on threads", place);
+        if (scales[s] != 0.0f) {
+            float *spoilt = copy(z, rows * V);
+            uint16_t *half = halves(rows * V);
+            ops.cross_entropy(spoilt, half, logp1, best1, target, scales[s], rows, V, threads);
+            CHECK(rounded(half, many, rows * V), "%s: bfloat16 gradient is not float32 rounded", place);
+            CHECK(memcmp(logp, logp1, (size_t)rows * sizeof *logp) == 0, "%s: logp beside a bfloat16 gradient", place);
+        }
         for (int64_t r = 0; r < rows; r++)
             if (target[r] >= 0 || scales[s] != 0.0f)
                 loss_check(z + r * V, many + r * V, V, target[r], logp[r], best[r], scales[s], r);
@@ -522,7 +585,7 @@ static void test_loss_oracle(void)
         uint8_t best;
         const int32_t target = 3;
         row[35] = bad[b];
-        ops.cross_entropy(row, &logp, &best, &target, 1.0f, 1, 40, 1);
+        ops.cross_entropy(row, NULL, &logp, &best, &target, 1.0f, 1, 40, 1);
         CHECK(b == 0 ? isnan(logp) : !isfinite(logp), "%s: logp %g", place, logp);
         for (int j = 0; j < 40; j++) CHECK(b == 0 ? isnan(row[j]) : j != 35 || isnan(row[j]), "%s: %d", place, j);
     }
@@ -531,22 +594,11 @@ static void test_loss_oracle(void)
     double logp;
     uint8_t best;
     const int32_t target = 0;
-    ops.cross_entropy(none, &logp, &best, &target, 1.0f, 1, 40, 1);
+    ops.cross_entropy(none, NULL, &logp, &best, &target, 1.0f, 1, 40, 1);
     CHECK(isnan(logp), "%s: a row of -inf has logp %g", place, logp);
 }
 
 /* ---- flat arrays ---- */
-
-static void test_add(int64_t n, int threads)
-{
-    AT("add n %" PRId64 " threads %d %s", n, threads, sel_cpu_level_name(ops.level));
-    const float *x = noise(n, 1.0f);
-    float *y = noise(n, 3.0f);
-    const float *before = copy(y, n);
-    ops.add(y, x, n, threads);
-    for (int64_t i = 0; i < n; i++) CHECK(y[i] == before[i] + x[i], "%s: y[%" PRId64 "]", place, i);
-    arrays_end();
-}
 
 /* Every upper half of a float with the lower halves where rounding turns: ties to even and odd, one beside them,
    carries into the exponent and to infinity, denormals, infinities, NaN of any payload. */
@@ -748,14 +800,12 @@ static void test_level(void)
             test_norm(SIZES[i], 3, threads, 2.0f);
             test_swiglu(SIZES[i], threads);
             test_loss(SIZES[i], 15, threads);
-            test_add(SIZES[i], threads);
             test_adamw(SIZES[i], threads, 0.9, 0.999);
         }
         test_norm(64, 3, threads, 1e-4f);
         test_norm(127, 0, threads, 1e20f);
         test_loss(1024, 15, threads);
         test_loss(2500, 15, threads);
-        test_add(70001, threads);
         test_adamw(9001, threads, 0.9, 0.999);
         test_adamw(33, threads, 0.0, 0.0);
     }
@@ -764,13 +814,14 @@ static void test_level(void)
     test_norm_nan();
     test_swiglu_oracle();
     test_loss_oracle();
-    test_add(0, 2);
     ops.embed_forward(NULL, NULL, NULL, NULL, 0, 0, 0, 8, 2);
     ops.swiglu_forward(NULL, NULL, 0, 8, 2);
     ops.rmsnorm_forward_bf16(NULL, NULL, NULL, NULL, 0, 8, 2);
+    ops.residual_norm(NULL, true, NULL, NULL, NULL, NULL, NULL, 0, 8, 2);
+    ops.round_rows(NULL, 8, NULL, 8, 0, 8, 2);
     ops.swiglu_forward_bf16(NULL, NULL, 0, 8, 2);
     ops.swiglu_backward_bf16(NULL, NULL, NULL, NULL, 0, 8, 2);
-    ops.cross_entropy(NULL, NULL, NULL, NULL, 1.0f, 0, 8, 2);
+    ops.cross_entropy(NULL, NULL, NULL, NULL, NULL, 1.0f, 0, 8, 2);
     static const int64_t long_sizes[] = { 0, 1, 2, 15, 16, 17, 65535, 65536, 65537, 200001 };
     for (int i = 0; i < COUNT(long_sizes); i++) test_squares(long_sizes[i]);
     test_squares_long();

@@ -10,7 +10,8 @@
 
 void sel_bench_free(sel_bench_results *r)
 {
-    free(r->rows);
+    free(r->results.rows);
+    free(r->parts.rows);
     memset(r, 0, sizeof *r);
 }
 
@@ -26,7 +27,7 @@ double sel_bench_median(double *x, int n)
     return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
-sel_status sel_bench_append(sel_bench_results *out, const sel_bench_result *row)
+sel_status sel_bench_append(sel_bench_rows *out, const sel_bench_result *row)
 {
     if (out->n == out->capacity) {
         const int more = out->capacity ? 2 * out->capacity : 32;
@@ -67,24 +68,33 @@ void *sel_bench_operand(const sel_bench *b, int64_t n, uint64_t stream)
 enum { PEAK_ROWS = 4096, PEAK_WIDTH = 768 };
 static const double peak_flops = 2.0 * PEAK_ROWS * PEAK_WIDTH * PEAK_WIDTH;
 
-/* What every round is measured against: the matrix product of the peak, or a copy of memory. */
+enum { COPY_FLOATS = 1 << 25 };   /* 128 MiB: no cache holds it */
+
+/* What every round is measured against: the matrix product of the peak, a copy of memory. */
 typedef struct {
     sel_linear *l;
     void *x;
     float *w, *y;
     float *from, *to;
-    int64_t n;
 } yardstick;
 
-static sel_status yardstick_open(yardstick *y, const sel_bench *b, bool copy)
+size_t sel_bench_yard_bytes(const sel_bench *b, int yards)
+{
+    const size_t n = (size_t)PEAK_ROWS * PEAK_WIDTH, w = (size_t)PEAK_WIDTH * PEAK_WIDTH;
+    const size_t each = b->dtype == SEL_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
+    return (yards & SEL_YARD_PEAK ? n * (each + sizeof(float)) + w * (each + sizeof(float)) : 0) +
+           (yards & SEL_YARD_COPY ? 2 * (size_t)COPY_FLOATS * sizeof(float) : 0);
+}
+
+static sel_status yardstick_open(yardstick *y, const sel_bench *b, int yards)
 {
     memset(y, 0, sizeof *y);
-    if (copy) {
-        y->n = 1 << 25;   /* 128 MiB: no cache holds it */
-        y->from = sel_bench_array(y->n, 1);
-        y->to = sel_bench_array(y->n, 2);
-        return y->from && y->to ? SEL_OK : SEL_ENOMEM;
+    if (yards & SEL_YARD_COPY) {
+        y->from = sel_bench_array(COPY_FLOATS, 1);
+        y->to = sel_bench_array(COPY_FLOATS, 2);
+        if (!y->from || !y->to) return SEL_ENOMEM;
     }
+    if (!(yards & SEL_YARD_PEAK)) return SEL_OK;
     y->x = sel_bench_operand(b, PEAK_ROWS * PEAK_WIDTH, 1);
     y->w = sel_bench_array(PEAK_WIDTH * PEAK_WIDTH, 2);
     y->y = sel_bench_array(PEAK_ROWS * PEAK_WIDTH, 3);
@@ -103,59 +113,102 @@ static void yardstick_close(yardstick *y)
     sel_free(y->to);
 }
 
-static sel_status yardstick_run(const yardstick *y, const sel_bench *b, double *seconds)
+/* Seconds of each yardstick; 0: not asked for. */
+static sel_status yardstick_run(const yardstick *y, const sel_bench *b, double *peak, double *copy)
 {
-    const double begin = sel_now();
+    *peak = *copy = 0.0;
     if (y->l) {
+        const double begin = sel_now();
         SEL_TRY(sel_linear_forward(y->l, PEAK_ROWS, y->x, PEAK_WIDTH, y->y, PEAK_WIDTH));
-    } else {
-        #pragma omp parallel for num_threads(b->threads) schedule(static)
-        for (int64_t i = 0; i < y->n; i += 4096) memcpy(y->to + i, y->from + i, 4096 * sizeof *y->to);
+        *peak = sel_now() - begin;
     }
-    *seconds = sel_now() - begin;
+    if (y->from) {
+        const double begin = sel_now();
+        #pragma omp parallel for num_threads(b->threads) schedule(static)
+        for (int64_t i = 0; i < COPY_FLOATS; i += 4096) memcpy(y->to + i, y->from + i, 4096 * sizeof *y->to);
+        *copy = sel_now() - begin;
+    }
     return SEL_OK;
 }
 
-sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int n, bool copy, sel_bench_results *out)
+/* The rates of `row` from its seconds. */
+static void rate(sel_bench_result *row, double flops, double bytes, const sel_bench_results *out, sel_dtype dtype)
 {
-    yardstick y;
-    double *const seconds = malloc((size_t)((n + 1) * b->runs) * sizeof *seconds);
-    sel_status rc = yardstick_open(&y, b, copy);
+    const double seconds = row->seconds_median;
+    if (seconds <= 0.0) return;
+    row->gflops = flops / seconds * 1e-9;
+    row->gbytes_per_second = bytes / seconds * 1e-9;
+    if (out->peak_gflops[dtype] > 0.0) row->share_of_peak = row->gflops / out->peak_gflops[dtype];
+    if (out->copy_gbytes > 0.0) row->share_of_copy = row->gbytes_per_second / out->copy_gbytes;
+}
 
-    if (!seconds) rc = sel_fail(SEL_ENOMEM, "no memory for %d rounds of %d cases", b->runs, n);
-    for (int round = -1; rc == SEL_OK && round < b->runs; round++) {   /* round -1 warms up */
-        double s = 0.0;
-        rc = yardstick_run(&y, b, &s);
-        if (round >= 0) seconds[round] = s;
+/* The parts of a case that took time: seconds [SEL_N_PARTS][runs]. */
+static sel_status append_parts(const sel_bench *b, const sel_bench_case *c, double *seconds, const sel_bench_result *whole,
+                               sel_bench_results *out)
+{
+    for (int p = 0; p < SEL_N_PARTS; p++) {
+        const sel_part_sum *const sum = &c->profile->parts[p];
+        if (sum->laps == 0) continue;
+        sel_bench_result row = *whole;
+        row.name = sel_part_name((sel_part)p);
+        row.pass = sel_part_pass((sel_part)p);
+        row.tokens_per_second = row.gflops = row.share_of_peak = 0.0;
+        row.seconds_median = sel_bench_median(seconds + p * b->runs, b->runs);
+        row.seconds_share = row.seconds_median / whole->seconds_median;
+        rate(&row, sum->flops / b->runs, sum->bytes / b->runs, out, b->dtype);
+        SEL_TRY(sel_bench_append(&out->parts, &row));
+    }
+    return SEL_OK;
+}
+
+/* Runs a case once and notes its seconds [0] and, of each part, [(1 + p) runs]. */
+static sel_status time_case(const sel_bench_case *c, double *seconds, int runs)
+{
+    double before[SEL_N_PARTS];
+    for (int p = 0; c->profile && p < SEL_N_PARTS; p++) before[p] = c->profile->parts[p].seconds;
+    const double begin = sel_now();
+    const sel_status rc = c->run(c->ctx);
+    seconds[0] = sel_now() - begin;
+    for (int p = 0; c->profile && p < SEL_N_PARTS; p++)
+        seconds[(1 + p) * runs] = c->profile->parts[p].seconds - before[p];
+    return rc;
+}
+
+sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int n, int yards, sel_bench_results *out)
+{
+    enum { LINES = 1 + SEL_N_PARTS };       /* of a case: the whole, its parts */
+    yardstick y;
+    const int runs = b->runs;
+    double *const yard = calloc((size_t)((2 + n * LINES) * runs), sizeof *yard), *const seconds = yard + 2 * runs;
+    sel_status rc = yardstick_open(&y, b, yards);
+
+    if (!yard) rc = sel_fail(SEL_ENOMEM, "no memory for %d rounds of %d cases", runs, n);
+    for (int round = -1; rc == SEL_OK && round < runs; round++) {   /* round -1 warms up */
+        const int at = round < 0 ? 0 : round;
+        rc = yardstick_run(&y, b, &yard[at], &yard[runs + at]);
         for (int i = 0; rc == SEL_OK && i < n; i++) {
-            const double begin = sel_now();
-            rc = cases[i].run(cases[i].ctx);
-            if (round >= 0) seconds[(i + 1) * b->runs + round] = sel_now() - begin;
+            if (round == 0 && cases[i].profile) memset(cases[i].profile, 0, sizeof *cases[i].profile);
+            rc = time_case(&cases[i], seconds + i * LINES * runs + at, runs);
         }
     }
     if (rc == SEL_OK) {
-        const double yard = sel_bench_median(seconds, b->runs);
-        if (!copy) out->peak_gflops[b->dtype] = peak_flops / yard * 1e-9;
+        if (y.l) out->peak_gflops[b->dtype] = peak_flops / sel_bench_median(yard, runs) * 1e-9;
+        if (y.from) out->copy_gbytes = 2.0 * sizeof(float) * COPY_FLOATS / sel_bench_median(yard + runs, runs) * 1e-9;
         for (int i = 0; rc == SEL_OK && i < n; i++) {
+            double *const mine = seconds + i * LINES * runs;
             sel_bench_result row = cases[i].row;
-            row.dtype = b->dtype == SEL_BFLOAT16 && !copy ? "bfloat16" : "float32";
+            row.dtype = b->dtype == SEL_BFLOAT16 && y.l ? "bfloat16" : "float32";
             row.threads = b->threads;
-            row.runs = b->runs;
-            row.seconds_median = sel_bench_median(seconds + (i + 1) * b->runs, b->runs);
-            if (cases[i].flops > 0.0) {
-                row.gflops = cases[i].flops / row.seconds_median * 1e-9;
-                row.share_of_peak = row.gflops / out->peak_gflops[b->dtype];
-            }
-            if (cases[i].bytes > 0.0) {
-                row.gbytes_per_second = cases[i].bytes / row.seconds_median * 1e-9;
-                row.share_of_copy = row.gbytes_per_second / (8.0 * (double)y.n / yard * 1e-9);
-            }
+            row.runs = runs;
+            row.seconds_median = sel_bench_median(mine, runs);
+            rate(&row, cases[i].flops, cases[i].bytes, out, b->dtype);
             if (cases[i].tokens > 0.0) row.tokens_per_second = cases[i].tokens / row.seconds_median;
-            rc = sel_bench_append(out, &row);
+            rc = sel_bench_append(&out->results, &row);
+            if (rc == SEL_OK && cases[i].profile) rc = append_parts(b, &cases[i], mine + runs, &row, out);
         }
     }
     yardstick_close(&y);
-    free(seconds);
+    free(yard);
     return rc;
 }
 
@@ -181,7 +234,7 @@ static sel_status gemm_input(void *ctx)
 static sel_status gemm_weight(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->dy, g->out, g->x, g->in, g->dw);
+    return sel_linear_backward_weight(g->l, PEAK_ROWS, g->dy, g->out, g->x, g->in, g->dw, true);
 }
 
 sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
@@ -192,11 +245,14 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
         { "lm_head", 8192, 768 },
     };
     enum { SHAPES = sizeof shapes / sizeof shapes[0] };
+    const sel_dims d12 = { .V = 8192, .N = 512, .D = 768, .L = 12, .H = 12, .Hkv = 12, .dh = 64, .F = 2048 };
     gemm g[SHAPES];
     sel_bench_case cases[3 * SHAPES];
     sel_status rc = SEL_OK;
 
     memset(g, 0, sizeof g);
+    if (b->probe) rc = sel_choice_probe(b->engine, &d12, PEAK_ROWS, out->choice);
+    if (rc == SEL_OK && b->probe) rc = sel_choice_apply(b->engine, &d12, out->choice);
     for (int i = 0; rc == SEL_OK && i < SHAPES; i++) {
         g[i] = (gemm){ .out = shapes[i].out, .in = shapes[i].in };
         g[i].x = sel_bench_operand(b, PEAK_ROWS * g[i].in, 11);
@@ -216,7 +272,7 @@ sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out)
         cases[3 * i + 1].row.pass = "backward_input";
         cases[3 * i + 2].row.pass = "backward_weight";
     }
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 3 * SHAPES, false, out);
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 3 * SHAPES, SEL_YARD_PEAK, out);
     for (int i = 0; i < SHAPES; i++) {
         sel_linear_free(&g[i].l);
         sel_free(g[i].x);
@@ -287,7 +343,7 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
             (sel_bench_case){.run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure};
         cases[2 * i + 1].row.pass = "backward";
     }
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 4, false, out);
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 4, SEL_YARD_PEAK, out);
     for (int i = 0; i < ARRAYS; i++) sel_free(x[i]);
     sel_free(lse);
     sel_free(saved);

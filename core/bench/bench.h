@@ -12,6 +12,7 @@
 #include "core/base/error.h"
 #include "core/config/config.h"
 #include "dist/comm.h"
+#include "core/model/choice.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
 
@@ -32,7 +33,32 @@ typedef struct {
 typedef struct {
     sel_bench_result *rows;   /* [n], owned */
     int n, capacity;
+} sel_bench_rows;
+
+/* Bytes that a training step should need, by their use. */
+typedef struct {
+    const char *dtype;
+    int64_t B, N;
+    size_t program;           /* resident before the first array */
+    size_t parameters, gradients, moments, packed, kept, scratch, yardsticks;
+    size_t resident;          /* measured: the process's peak when the step had run */
+} sel_bench_memory;
+
+static inline size_t sel_bench_budget(const sel_bench_memory *m)
+{
+    return m->program + m->parameters + m->gradients + m->moments + m->packed + m->kept + m->scratch + m->yardsticks;
+}
+
+enum { SEL_BENCH_BUDGETS = 64 };
+
+typedef struct {
+    sel_bench_rows results;
+    sel_bench_rows parts;     /* of the steps among the results, in their order */
+    sel_bench_memory memory[SEL_BENCH_BUDGETS];   /* of the first steps; a later one's peak hides under an earlier's */
+    int n_memory;
+    char choice[SEL_CHOICE_MAX];   /* what the latest probe found; "": none */
     double peak_gflops[2];    /* medians by sel_dtype, on the latest call's threads */
+    double copy_gbytes;       /* GB/s of a copy of memory, the same; 0: not measured */
 } sel_bench_results;
 
 typedef struct {
@@ -40,12 +66,13 @@ typedef struct {
     sel_linear_engine *engine;   /* on `threads` threads, of type `dtype`: the peak is of it too */
     sel_dtype dtype;
     int threads, runs;           /* rounds */
+    bool probe;                  /* gemm, step: first find the fastest maker of each product */
 } sel_bench;
 
 void sel_bench_free(sel_bench_results *r);
 
 /* Appends a row.  Median of n numbers, which it sorts. */
-sel_status sel_bench_append(sel_bench_results *out, const sel_bench_result *row);
+sel_status sel_bench_append(sel_bench_rows *out, const sel_bench_result *row);
 double     sel_bench_median(double *x, int n);
 
 /* The shapes of the linear layers of a model and the peak's own: 4096 x 768 x 768. */

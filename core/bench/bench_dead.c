@@ -108,15 +108,15 @@ sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, in
     if (rc == SEL_OK && !(workspace = sel_alloc(bytes, "attention's scratch"))) rc = SEL_ENOMEM;
     for (int i = 0; i < CASES; i++) t[i].a.workspace = workspace;
 
-    const int from = out->n;
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 2 * CASES, false, out);
+    const int from = out->results.n;
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 2 * CASES, SEL_YARD_PEAK, out);
     for (int i = 0; rc == SEL_OK && i < CASES; i++) {
         double live = 0.0;
         for (int64_t s = 0; i && s < batch; s++) live += t[i].live[s] / (pairs * (double)batch);
         for (int pass = 0; pass < 2; pass++) {
-            sel_bench_result *const r = &out->rows[from + 2 * i + pass];
+            sel_bench_result *const r = &out->results.rows[from + 2 * i + pass];
             r->live_share = i ? live : 1.0;
-            r->seconds_share = r->seconds_median / out->rows[from + pass].seconds_median;
+            r->seconds_share = r->seconds_median / out->results.rows[from + pass].seconds_median;
         }
     }
     for (int i = 0; i < ARRAYS; i++) sel_free(x[i]);

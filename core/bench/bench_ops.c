@@ -25,7 +25,7 @@ static sel_status rmsnorm_forward(void *ctx)
 static sel_status rmsnorm_backward(void *ctx)
 {
     data *d = ctx;
-    d->ops->rmsnorm_backward(d->y, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D, d->threads);
+    d->ops->rmsnorm_backward(d->y, d->y, NULL, NULL, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D, d->threads);
     return SEL_OK;
 }
 static sel_status headnorm_forward(void *ctx)
@@ -40,16 +40,16 @@ static sel_status swiglu_forward(void *ctx)
     d->ops->swiglu_forward(d->y, d->gu, d->rows, d->F, d->threads);
     return SEL_OK;
 }
-static sel_status add(void *ctx)
+static sel_status residual_norm(void *ctx)
 {
     data *d = ctx;
-    d->ops->add(d->y, d->x, d->rows * d->D, d->threads);
+    d->ops->residual_norm(d->p, false, d->rstd, d->y, d->y, d->x, d->w, d->rows, d->D, d->threads);
     return SEL_OK;
 }
 static sel_status cross_entropy(void *ctx)
 {
     data *d = ctx;
-    d->ops->cross_entropy(d->logits, d->logp, d->best, d->target, 1e-9f, SLICE, VOCAB, d->threads);
+    d->ops->cross_entropy(d->logits, NULL, d->logp, d->best, d->target, 1e-9f, SLICE, VOCAB, d->threads);
     return SEL_OK;
 }
 static sel_status adamw(void *ctx)
@@ -90,7 +90,7 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
         {"rmsnorm", "backward", rmsnorm_backward, 4.0 * row},
         {"headnorm", "forward", headnorm_forward, 2.0 * row},
         {"swiglu", "forward", swiglu_forward, 3.0 * row},
-        {"add", "forward", add, 3.0 * row},
+        {"residual_norm", "forward", residual_norm, 4.0 * row},
         {"sum_squares", "step", sum_squares, row},
         {"cross_entropy", "step", cross_entropy, 8.0 * SLICE * VOCAB},
         {"adamw", "step", adamw, 7.0 * row},
@@ -100,7 +100,7 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
     for (int i = 0; i < CASES; i++)
         cases[i] = (sel_bench_case){ .run = list[i].run, .ctx = &d, .bytes = list[i].bytes,
                                      .row = { .name = list[i].name, .pass = list[i].pass, .N = rows } };
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, CASES, true, out);
+    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, CASES, SEL_YARD_COPY, out);
     for (int i = 0; i < ARRAYS; i++) sel_free(*arrays[i]);
     sel_free(d.logp);
     sel_free(d.best);

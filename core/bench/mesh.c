@@ -113,10 +113,10 @@ static sel_status measure(bench *b, sel_comm *c, mesh_case *cases, int n, int ru
                                        .threads = b->threads, .runs = runs, .seconds_median = seconds,
                                        .bytes = cases[i].bytes,
                                        .gbytes_per_second = (double)cases[i].bytes / seconds / 1e9 };
-        SEL_TRY(sel_bench_append(out, &row));
+        SEL_TRY(sel_bench_append(&out->results, &row));
     }
-    const double copy = out->rows[out->n - n].gbytes_per_second;
-    for (int i = out->n - n; i < out->n; i++) out->rows[i].share_of_copy = out->rows[i].gbytes_per_second / copy;
+    const double copy = out->results.rows[out->results.n - n].gbytes_per_second;
+    for (int i = out->results.n - n; i < out->results.n; i++) out->results.rows[i].share_of_copy = out->results.rows[i].gbytes_per_second / copy;
     return SEL_OK;
 }
 

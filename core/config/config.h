@@ -11,7 +11,7 @@
 
 typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
 typedef enum { SEL_SOURCE_HEAD0, SEL_SOURCE_BILINEAR } sel_selection_source;
-typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS } sel_backend_name;
+typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS, SEL_BACKEND_AUTO } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
 typedef enum { SEL_WIRE_FLOAT32, SEL_WIRE_BFLOAT16 } sel_wire_type;
 typedef enum { SEL_ON_NAN_STOP, SEL_ON_NAN_SKIP } sel_on_nan;
@@ -62,6 +62,7 @@ typedef struct sel_config {
     struct {
         int64_t threads;                      /* 0: what the binding allows */
         sel_backend_name linear_backend;
+        char linear_choice[128];              /* auto: what was measured (core/model/choice.h); empty: not yet */
         char cpu[16];
     } compute;
 } sel_config;

@@ -127,7 +127,9 @@ const sel_key sel_keys[] = {
     {"compute.threads", SEL_KEY_INT, AT(compute.threads), .max = 4096, .preset = "0",
      .help = "threads a rank; 0: what the binding allows"},
     {"compute.linear_backend", SEL_KEY_CHOICE, AT(compute.linear_backend), .preset = "onednn",
-     .choices = "onednn|openblas", .later = "auto", .help = "library of matrix products"},
+     .choices = "onednn|openblas|auto", .help = "library of matrix products; auto: the fastest for each shape, measured"},
+    {"compute.linear_choice", SEL_KEY_TEXT, AT(compute.linear_choice), .preset = "",
+     .help = "with auto: who makes each product; empty: measured, and then written here"},
     {"compute.cpu", SEL_KEY_WORD, AT(compute.cpu), .preset = "auto",
      .choices = "auto|c|avx2|avx512|avx512bf16", .help = "instruction sets that kernels may use"},
 };

@@ -10,9 +10,44 @@ static void tick(const sel_model *m)
     if (m->opt.tick) m->opt.tick(m->opt.tick_ctx);
 }
 
-/* m->dx holds the gradient of the layer's output and leaves as that of its input. */
-static sel_status backward_layer(sel_model *m, const float *params, float *grads, int64_t l, int64_t batch, int64_t n,
-                                 double memory_scale)
+/* The gradient of a norm of x into m->dx (and m->dx16), and its output again, as an operand. */
+static const void *norm_backward(sel_model *m, const float *params, float *grads, int64_t offset, const float *x,
+                                 const float *rstd, int64_t T)
+{
+    const int64_t D = m->layout->dims.D;
+    void *const h = norm_operand(m);
+    m->opt.ops->rmsnorm_backward(m->dx, m->dx, m->dx16, h, grads + offset, m->dh, x, rstd, params + offset, m->partial,
+                                 T, D, m->opt.threads);
+    sel_profile_lap(m->opt.profile, SEL_PART_NORM_BACKWARD, 0.0, (double)(T * D) * 20.0);
+    return h;
+}
+
+/* Attention's dq, dk, dv through the q/k norm: the operand of the qkv products. */
+static const void *qkv_gradient(sel_model *m, const float *params, float *grads, int64_t l, int64_t T)
+{
+    const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
+    const sel_layer_offsets *o = &m->layout->layers[l];
+    const sel_kept *k = &m->kept[l];
+    const int64_t q = q_width(d), kv = kv_width(d), row = qkv_width(d);
+    const bool rounded = m->opt.bfloat16;
+    void *const dq = rounded ? (void *)m->dqkv16 : (void *)m->dqkv;
+    void *const dk = rounded ? (void *)(m->dqkv16 + q) : (void *)(m->dqkv + q);
+
+    ops->headnorm_backward(dq, rounded, row, grads + o->q_norm, m->dqkv, row, k->qkv, row, k->rstd_q,
+                           params + o->q_norm, m->partial, T, d->H, d->dh, m->opt.threads);
+    ops->headnorm_backward(dk, rounded, row, grads + o->k_norm, m->dqkv + q, row, k->qkv + q, row, k->rstd_k,
+                           params + o->k_norm, m->partial, T, d->Hkv, d->dh, m->opt.threads);
+    /* v, and the selection's own projections behind it */
+    if (rounded) ops->round_rows(m->dqkv16 + q + kv, row, m->dqkv + q + kv, row, T, row - q - kv, m->opt.threads);
+    sel_profile_lap(m->opt.profile, SEL_PART_QK_NORM_BACKWARD, 0.0,
+                    (double)T * (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)(row - q - kv) : 12.0 * (double)(q + kv)));
+    return dq;
+}
+
+/* m->dx holds the gradient of the layer's output and leaves as that of its input (m->dx16: rounded). */
+static sel_status backward_layer(sel_model *m, const float *params, float *grads, bool add, int64_t l, int64_t batch,
+                                 int64_t n, double memory_scale)
 {
     const sel_dims *d = &m->layout->dims;
     const sel_ops *ops = m->opt.ops;
@@ -20,29 +55,30 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const sel_layer_linears *w = &m->linears[l];
     const sel_kept *k = &m->kept[l];
     const int64_t T = batch * n, D = d->D, q = q_width(d), kv = kv_width(d), qk_row = q + kv, qkv_row = qkv_width(d);
-    const int threads = m->opt.threads;
+    const void *const dx = m->opt.bfloat16 ? (const void *)m->dx16 : m->dx;
 
-    /* feed-forward half: gate, up and the norm's output are rebuilt or kept; silu(gate) * up comes with its gradient */
-    const void *dx = operand(m, m->dx16, m->dx, T * D);
-    SEL_TRY(sel_linear_backward_input(w->down_proj, T, dx, D, m->da, d->F));
-    if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
-    else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
-    SEL_TRY(sel_linear_backward_weight(w->down_proj, T, dx, D, m->act, d->F, grads + o->down_proj));
+    /* feed-forward half: silu(gate) * up and the norm's output come again with their gradients */
+    SEL_TRY(sel_model_product_input(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->da, d->F));
+    if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
+    else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
+    sel_profile_lap(m->opt.profile, SEL_PART_SWIGLU_BACKWARD, 0.0,
+                    (double)(T * d->F) * (m->opt.bfloat16 ? 18.0 : 24.0));
+    SEL_TRY(sel_model_product_weight(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->act, d->F, grads + o->down_proj,
+                                     add));
     tick(m);
-    SEL_TRY(sel_linear_backward_input(w->gate_up, T, m->dgu, 2 * d->F, m->dh, D));
+    SEL_TRY(sel_model_product_input(m, w->gate_up, SEL_PART_GATE_UP, T, m->dgu, 2 * d->F, m->dh, D));
     tick(m);
-    const void *h = normed(m, params, o->ffn_norm, NULL, k->x_mid, T);
-    SEL_TRY(sel_linear_backward_weight(w->gate_up, T, m->dgu, 2 * d->F, h, D, grads + o->gate_up));
-    ops->rmsnorm_backward(m->dx, grads + o->ffn_norm, m->dh, k->x_mid, k->rstd2, params + o->ffn_norm, m->partial, T, D,
-                          threads);
+    const void *h = norm_backward(m, params, grads, o->ffn_norm, k->x_mid, k->rstd2, T);
+    SEL_TRY(sel_model_product_weight(m, w->gate_up, SEL_PART_GATE_UP, T, m->dgu, 2 * d->F, h, D, grads + o->gate_up,
+                                     add));
 
     tick(m);
 
     /* attention half */
-    dx = operand(m, m->dx16, m->dx, T * D);
-    SEL_TRY(sel_linear_backward_input(w->o_proj, T, dx, D, m->datt, q));
-    SEL_TRY(sel_linear_backward_weight(w->o_proj, T, dx, D, operand(m, m->att16, k->att, T * q), q, grads + o->o_proj));
-    sel_model_norm_qk(m, params, l, T, NULL, NULL);
+    SEL_TRY(sel_model_product_input(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, m->datt, q));
+    const void *const att = attention_operand(m, l, T);
+    SEL_TRY(sel_model_product_weight(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, att, q, grads + o->o_proj, add));
+    sel_model_norm_qk(m, params, l, T, true);
     const sel_attention a = sel_model_attention(m, l, batch, n);
     const sel_attention_grad g = {
         .dout = m->datt,
@@ -55,42 +91,57 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     };
     tick(m);
     ops->attention_backward(&a, &g);
+    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION_BACKWARD, 2.5 * attention_flops(d, batch, n),
+                    (double)T * 4.0 * (double)(4 * q + 4 * kv));
     tick(m);
-    ops->headnorm_backward(m->dqkv, qkv_row, grads + o->q_norm, m->dqkv, qkv_row, k->qkv, qkv_row, k->rstd_q,
-                           params + o->q_norm, m->partial, T, d->H, d->dh, threads);
-    ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row,
-                           k->rstd_k, params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
-    const void *const dqkv = operand(m, m->dqkv16, m->dqkv, T * qkv_row);
-    SEL_TRY(sel_linear_backward_input(w->qkv, T, dqkv, qkv_row, m->dh, D));
+    const void *const dqkv = qkv_gradient(m, params, grads, l, T);
+    SEL_TRY(sel_model_product_input(m, w->qkv, SEL_PART_QKV, T, dqkv, qkv_row, m->dh, D));
     tick(m);
-    h = normed(m, params, o->attn_norm, NULL, k->x_in, T);
-    SEL_TRY(sel_linear_backward_weight(w->qkv, T, dqkv, qkv_row, h, D, grads + o->qkv));
-    ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T,
-                          D, threads);
-    return SEL_OK;
+    h = norm_backward(m, params, grads, o->attn_norm, k->x_in, k->rstd1, T);
+    return sel_model_product_weight(m, w->qkv, SEL_PART_QKV, T, dqkv, qkv_row, h, D, grads + o->qkv, add);
 }
 
-sel_status sel_model_train(sel_model *m, const float *params, float *grads, const int32_t *tokens, int64_t batch,
-                           int64_t n, double loss_scale, double memory_scale,
+/* The linear layers' products write their gradients; all others, whose backward adds, start from zero. */
+static void clear_sums(const sel_model *m, float *grads)
+{
+    const sel_layout *o = m->layout;
+    double bytes = 0.0;
+    for (int i = 0; i < o->n_tensors; i++) {
+        const sel_tensor *t = &o->tensors[i];
+        if (t->decay) continue;   /* decayed are exactly the linear layers' matrices (spec, section 8) */
+        memset(grads + t->offset, 0, (size_t)t->count * sizeof *grads);
+        bytes += (double)t->count * sizeof *grads;
+    }
+    sel_profile_lap(m->opt.profile, SEL_PART_ZERO, 0.0, bytes);
+}
+
+sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool add, const int32_t *tokens,
+                           int64_t batch, int64_t n, double loss_scale, double memory_scale,
                            void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats)
 {
     const sel_layout *o = m->layout;
     const sel_dims *d = &o->dims;
 
-    SEL_ASSERT(m->opt.use == SEL_USE_TRAIN);
+    SEL_ASSERT(m->opt.use == SEL_USE_TRAIN && batch > 0 && n > 0);
     memset(stats, 0, sizeof *stats);
+    sel_profile_start(m->opt.profile);
     SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
+    if (!add) clear_sums(m, grads);
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
     sel_pulse_phase("backward", -1);
-    SEL_TRY(sel_model_head(m, params, grads, batch * n, loss_scale, NULL, NULL, stats));
+    SEL_TRY(sel_model_head(m, params, grads, add, batch * n, loss_scale, NULL, NULL, stats));
     if (ready) ready(ctx, o->final_norm, o->total);
     for (int64_t l = d->L - 1; l >= 0; l--) {
-        SEL_TRY(backward_layer(m, params, grads, l, batch, n, memory_scale));
+        SEL_TRY(backward_layer(m, params, grads, add, l, batch, n, memory_scale));
         sel_pulse_tick();
-        if (ready) ready(ctx, o->layers[l].begin, l + 1 < d->L ? o->layers[l + 1].begin : o->final_norm);
+        if (ready) {
+            ready(ctx, o->layers[l].begin, l + 1 < d->L ? o->layers[l + 1].begin : o->final_norm);
+            sel_profile_lap(m->opt.profile, SEL_PART_REDUCE, 0.0, 0.0);
+        }
     }
     m->opt.ops->embed_backward(grads + o->tok_embed, grads + o->pos_embed, m->dx, m->inputs, batch * n, n, d->D,
                                m->opt.threads);
+    sel_profile_lap(m->opt.profile, SEL_PART_EMBED_BACKWARD, 0.0, (double)(batch * n * d->D) * 20.0);
     if (ready) ready(ctx, 0, o->layers[0].begin);
     return SEL_OK;
 }

@@ -31,18 +31,26 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     };
 }
 
-void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k)
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again)
 {
     const sel_dims *d = &m->layout->dims;
+    const sel_ops *ops = m->opt.ops;
     const sel_layer_offsets *o = &m->layout->layers[l];
-    const float *qkv = m->kept[l].qkv;
-    const int64_t qk_row = q_width(d) + kv_width(d);
+    const sel_kept *k = &m->kept[l];
+    const int64_t qk_row = q_width(d) + kv_width(d), row = qkv_width(d), q = q_width(d);
     const int threads = pass_threads(m, rows);
 
-    m->opt.ops->headnorm_forward(m->qk, qk_row, rstd_q, qkv, qkv_width(d), params + o->q_norm, rows, d->H, d->dh,
-                                 threads);
-    m->opt.ops->headnorm_forward(m->qk + q_width(d), qk_row, rstd_k, qkv + q_width(d), qkv_width(d),
-                                 params + o->k_norm, rows, d->Hkv, d->dh, threads);
+    if (again) {
+        ops->headnorm_again(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
+        ops->headnorm_again(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
+                            threads);
+    } else {
+        ops->headnorm_forward(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
+        ops->headnorm_forward(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
+                              threads);
+    }
+    sel_profile_lap(m->opt.profile, again ? SEL_PART_QK_NORM_BACKWARD : SEL_PART_QK_NORM, 0.0,
+                    8.0 * (double)(rows * qk_row));
 }
 
 /* Attention over the cached tokens and n new ones: their k, v and sel_k join the cache, F goes on from the carry. */
@@ -96,8 +104,9 @@ static double live_share(const sel_attention *a)
 
 double sel_model_live_keys(const sel_model *m, int64_t l) { return m->live_share[l]; }
 
-/* One layer: x += o_proj(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))).  Adds the layer's memory
-   needs, sum over sequences of max M, to *memory. */
+/* One layer: x += o_proj(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))), where each sum is made
+   together with the norm that reads it: the layer begins with the branch that the one before left in m->h and leaves
+   its own there.  Adds the layer's memory needs, sum over sequences of max M, to *memory. */
 static sel_status forward_layer(sel_model *m, const float *params, int64_t l, int64_t batch, int64_t n, double *memory)
 {
     const sel_dims *d = &m->layout->dims;
@@ -107,12 +116,17 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
     sel_kept *k = &m->kept[l];
     const int64_t T = batch * n, D = d->D;
     const int threads = pass_threads(m, T);
-    float *const branch = m->h;   /* a norm's output, then the branch's result */
+    const void *h = norm_operand(m);
 
-    if (k->x_in != m->x) memcpy(k->x_in, m->x, (size_t)(T * D) * sizeof(float));
-    const void *h = normed(m, params, o->attn_norm, k->rstd1, m->x, T);
-    SEL_TRY(sel_linear_forward(w->qkv, T, h, D, k->qkv, qkv_width(d)));
-    sel_model_norm_qk(m, params, l, T, k->rstd_q, k->rstd_k);
+    if (l > 0) {
+        residual_normed(m, params, o->attn_norm, k->rstd1, k->x_in, m->kept[l - 1].x_mid, T);
+    } else {
+        if (m->opt.bfloat16) ops->rmsnorm_forward_bf16(m->h16, k->rstd1, k->x_in, params + o->attn_norm, T, D, threads);
+        else ops->rmsnorm_forward(m->h, k->rstd1, k->x_in, params + o->attn_norm, T, D, threads);
+        sel_profile_lap(m->opt.profile, SEL_PART_NORM, 0.0, (double)(T * D) * (m->opt.bfloat16 ? 6.0 : 8.0));
+    }
+    SEL_TRY(sel_model_product(m, w->qkv, SEL_PART_QKV, T, h, D, k->qkv, qkv_width(d)));
+    sel_model_norm_qk(m, params, l, T, false);
     if (m->opt.use == SEL_USE_DECODE) {
         attend_cached(m, l, batch, n);
     } else {
@@ -122,18 +136,17 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
         m->live_share[l] = live_share(&a);
         for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];
     }
-    const void *att = operand(m, m->att16, k->att, T * q_width(d));
-    SEL_TRY(sel_linear_forward(w->o_proj, T, att, q_width(d), branch, D));
-    ops->add(m->x, branch, T * D, threads);
+    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION, attention_flops(d, batch, n),
+                    (double)T * 4.0 * (double)(2 * q_width(d) + 2 * kv_width(d)));
+    const void *att = attention_operand(m, l, T);
+    SEL_TRY(sel_model_product(m, w->o_proj, SEL_PART_O_PROJ, T, att, q_width(d), m->h, D));
 
-    if (k->x_mid != m->x) memcpy(k->x_mid, m->x, (size_t)(T * D) * sizeof(float));
-    h = normed(m, params, o->ffn_norm, k->rstd2, m->x, T);
-    SEL_TRY(sel_linear_forward(w->gate_up, T, h, D, k->gu, 2 * d->F));
+    h = residual_normed(m, params, o->ffn_norm, k->rstd2, k->x_mid, k->x_in, T);
+    SEL_TRY(sel_model_product(m, w->gate_up, SEL_PART_GATE_UP, T, h, D, k->gu, 2 * d->F));
     if (m->opt.bfloat16) ops->swiglu_forward_bf16(m->act, k->gu, T, d->F, threads);
     else ops->swiglu_forward(m->act, k->gu, T, d->F, threads);
-    SEL_TRY(sel_linear_forward(w->down_proj, T, m->act, d->F, branch, D));
-    ops->add(m->x, branch, T * D, threads);
-    return SEL_OK;
+    sel_profile_lap(m->opt.profile, SEL_PART_SWIGLU, 0.0, (double)(T * d->F) * (m->opt.bfloat16 ? 10.0 : 12.0));
+    return sel_model_product(m, w->down_proj, SEL_PART_DOWN_PROJ, T, m->act, d->F, m->h, D);
 }
 
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory)
@@ -141,8 +154,9 @@ sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, i
     const sel_dims *d = &m->layout->dims;
     double needed = 0.0;
 
-    m->opt.ops->embed_forward(m->x, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed, batch * n,
-                              n, m->cached, d->D, pass_threads(m, batch * n));
+    m->opt.ops->embed_forward(m->kept[0].x_in, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed,
+                              batch * n, n, m->cached, d->D, pass_threads(m, batch * n));
+    sel_profile_lap(m->opt.profile, SEL_PART_EMBED, 0.0, (double)(batch * n * d->D) * 12.0);
     for (int64_t l = 0; l < d->L; l++) {
         SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
         sel_pulse_tick();
@@ -158,7 +172,7 @@ sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tok
     memset(stats, 0, sizeof *stats);
     SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
-    return sel_model_head(m, params, NULL, batch * n, 0.0, logp, best, stats);
+    return sel_model_head(m, params, NULL, false, batch * n, 0.0, logp, best, stats);
 }
 
 sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
@@ -179,9 +193,13 @@ sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *to
     SEL_TRY(sel_model_forward(m, params, batch, n, &unused));
     m->cached += n;
 
-    /* Only the last token's logits are wanted. */
-    for (int64_t b = 0; b < batch; b++)
-        m->opt.ops->rmsnorm_forward(m->h + b * d->D, NULL, m->x + (b * n + n - 1) * d->D,
-                                    params + m->layout->final_norm, 1, d->D, 1);
-    return sel_linear_forward(m->lm_head, batch, operand(m, m->h16, m->h, batch * d->D), d->D, logits, d->V);
+    /* Only the last token's logits are wanted.  Row b of the norms lies before the branch's rows of later sequences. */
+    float *const x = m->kept[d->L - 1].x_mid;
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t last = (b * n + n - 1) * d->D;
+        void *const h = m->opt.bfloat16 ? (void *)(m->h16 + b * d->D) : (void *)(m->h + b * d->D);
+        m->opt.ops->residual_norm(h, m->opt.bfloat16, NULL, x + last, x + last, m->h + last,
+                                  params + m->layout->final_norm, 1, d->D, 1);
+    }
+    return sel_linear_forward(m->lm_head, batch, norm_operand(m), d->D, logits, d->V);
 }

@@ -12,6 +12,8 @@ enum { LOGIT_FLOATS = 1 << 22 };
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows) { return least(rows, most(64, LOGIT_FLOATS / d->V)); }
+
 sel_attention_options sel_attention_options_of(const sel_config *c)
 {
     return (sel_attention_options){ .selective = c->attention.kind == SEL_KIND_SELECTIVE,
@@ -29,10 +31,7 @@ double sel_model_flops(const sel_dims *d, int64_t tokens, int64_t n)
 {
     const double matrices = (double)d->L * ((double)d->D * (double)(qkv_width(d) + q_width(d)) +
                                             3.0 * (double)d->D * (double)d->F) + (double)d->V * (double)d->D;
-    /* two products a head; the selection's own logits are one more */
-    const double attention = (double)d->L * (4.0 * (double)q_width(d) + 2.0 * (double)sel_width(d)) *
-                             (double)(n + 1) / 2.0;
-    return 3.0 * (double)tokens * (2.0 * matrices + attention);
+    return 3.0 * (double)tokens * (2.0 * matrices + (double)d->L * attention_flops(d, 1, n) / (double)n);
 }
 
 /* Walks the block of memory: first with base NULL to learn its size, then to hand out places. */
@@ -92,29 +91,46 @@ static size_t attention_bytes(const sel_model *m)
     return bytes;
 }
 
+static void plan_attention_half(sel_model *m, arena *a)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t T = m->opt.batch * m->opt.tokens;
+    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
+    if (m->opt.bfloat16) m->att16 = take(a, T * q_width(d), sizeof *m->att16);
+    if (m->opt.use != SEL_USE_TRAIN) return;
+    m->dqkv = floats(a, T * qkv_width(d));
+    m->datt = floats(a, T * q_width(d));
+    if (m->opt.bfloat16) m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
+}
+
+static void plan_feed_forward_half(sel_model *m, arena *a)
+{
+    const int64_t n = m->opt.batch * m->opt.tokens * m->layout->dims.F;
+    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
+    m->act = take(a, n, operand_bytes);
+    if (m->opt.use != SEL_USE_TRAIN) return;
+    m->da = floats(a, n);
+    m->dgu = take(a, 2 * n, operand_bytes);
+}
+
 static void plan_memory(sel_model *m, arena *a)
 {
     const sel_dims *d = &m->layout->dims;
     const int64_t b = m->opt.batch, T = b * m->opt.tokens;
+    const bool train = m->opt.use == SEL_USE_TRAIN;
 
     m->x = floats(a, T * d->D);
     m->rstd_final = floats(a, T);
-    if (m->opt.use == SEL_USE_TRAIN) {
+    const size_t kept_begin = a->used;
+    if (train) {
         for (int64_t l = 0; l < d->L; l++) plan_kept(m, a, &m->kept[l]);
     } else {
         plan_kept(m, a, &m->kept[0]);
         for (int64_t l = 1; l < d->L; l++) m->kept[l] = m->kept[0];
     }
+    m->kept_bytes = train ? a->used - kept_begin : 0;
     m->h = floats(a, T * d->D);
-    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
-    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
-    m->act = take(a, T * d->F, operand_bytes);
-    if (m->opt.bfloat16) {
-        m->h16 = take(a, T * d->D, sizeof *m->h16);
-        m->att16 = take(a, T * q_width(d), sizeof *m->att16);
-    }
-    m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : least(T, most(64, LOGIT_FLOATS / d->V));
-    m->logits = floats(a, m->logit_rows * d->V);
+    m->logit_rows = m->opt.use == SEL_USE_DECODE ? b : sel_model_logit_rows(d, T);
     m->logp = take(a, m->logit_rows, sizeof *m->logp);
     m->best = take(a, m->logit_rows, sizeof *m->best);
     m->inputs = take(a, T, sizeof *m->inputs);
@@ -123,21 +139,27 @@ static void plan_memory(sel_model *m, arena *a)
     m->live = take(a, b, sizeof *m->live);
     m->live_share = take(a, d->L, sizeof *m->live_share);
     m->attention = take(a, (int64_t)attention_bytes(m), 1);
-
-    if (m->opt.use == SEL_USE_TRAIN) {
+    if (m->opt.bfloat16) m->h16 = take(a, T * d->D, sizeof *m->h16);
+    if (train) {
         m->dx = floats(a, T * d->D);
         m->dh = floats(a, T * d->D);
-        m->dqkv = floats(a, T * qkv_width(d));
-        m->datt = floats(a, T * q_width(d));
-        m->dgu = take(a, T * 2 * d->F, operand_bytes);
-        if (m->opt.bfloat16) {
-            m->dx16 = take(a, T * d->D, sizeof *m->dx16);
-            m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
-            m->logits16 = take(a, m->logit_rows * d->V, sizeof *m->logits16);
-        }
-        m->da = floats(a, T * d->F);
         m->partial = floats(a, m->opt.threads * most(d->D, d->dh));
+        if (m->opt.bfloat16) m->dx16 = take(a, T * d->D, sizeof *m->dx16);
     }
+
+    /* Attention half, feed-forward half, output matrix: one at a time, in the same place. */
+    const size_t begin = a->used;
+    plan_attention_half(m, a);
+    const size_t attention_end = a->used;
+    a->used = begin;
+    plan_feed_forward_half(m, a);
+    const size_t feed_forward_end = a->used;
+    a->used = begin;
+    m->logits = floats(a, m->logit_rows * d->V);
+    if (train && m->opt.bfloat16) m->logits16 = take(a, m->logit_rows * d->V, sizeof *m->logits16);
+    if (attention_end > a->used) a->used = attention_end;
+    if (feed_forward_end > a->used) a->used = feed_forward_end;
+
     for (int64_t l = 0; m->opt.use == SEL_USE_DECODE && l < d->L; l++) {
         m->k_cache[l] = floats(a, b * d->N * kv_width(d));
         m->v_cache[l] = floats(a, b * d->N * kv_width(d));
@@ -232,24 +254,38 @@ void sel_model_free(sel_model **model)
     *model = NULL;
 }
 
-size_t sel_model_bytes(const sel_model *m)
+void sel_model_memory(const sel_model *m, size_t *packed, size_t *kept, size_t *scratch)
 {
-    const sel_dims *d = &m->layout->dims;
-    const int64_t packed = d->L * d->D * (qkv_width(d) + q_width(d) + 3 * d->F) + d->V * d->D;
-    return m->bytes + (size_t)packed * (m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float)) *
-                          (m->opt.use == SEL_USE_TRAIN ? 2 : 1);
+    *packed = sel_linear_bytes(m->lm_head);
+    for (int64_t l = 0; l < m->layout->dims.L; l++)
+        *packed += sel_linear_bytes(m->linears[l].qkv) + sel_linear_bytes(m->linears[l].o_proj) +
+                   sel_linear_bytes(m->linears[l].gate_up) + sel_linear_bytes(m->linears[l].down_proj);
+    *kept = m->kept_bytes;
+    *scratch = m->bytes - m->kept_bytes;
+}
+
+void sel_model_set_selective(sel_model *m, bool selective, sel_profile *profile)
+{
+    SEL_ASSERT(!selective || m->opt.use != SEL_USE_TRAIN || m->kept[0].saved);
+    m->opt.attention.selective = selective;
+    m->opt.profile = profile;
 }
 
 sel_status sel_model_pack(sel_model *m, const float *params)
 {
     const sel_layout *o = m->layout;
+    sel_profile_start(m->opt.profile);
     for (int64_t l = 0; l < o->dims.L; l++) {
         SEL_TRY(sel_linear_pack(m->linears[l].qkv, params + o->layers[l].qkv));
         SEL_TRY(sel_linear_pack(m->linears[l].o_proj, params + o->layers[l].o_proj));
         SEL_TRY(sel_linear_pack(m->linears[l].gate_up, params + o->layers[l].gate_up));
         SEL_TRY(sel_linear_pack(m->linears[l].down_proj, params + o->layers[l].down_proj));
     }
-    return sel_linear_pack(m->lm_head, params + o->lm_head);
+    SEL_TRY(sel_linear_pack(m->lm_head, params + o->lm_head));
+    size_t packed, kept, scratch;
+    sel_model_memory(m, &packed, &kept, &scratch);
+    sel_profile_lap(m->opt.profile, SEL_PART_PACK, 0.0, (double)packed + 4.0 * (double)o->parameters);
+    return SEL_OK;
 }
 
 sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t batch, int64_t n)

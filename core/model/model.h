@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "core/base/profile.h"
 #include "core/model/layout.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
@@ -41,6 +42,7 @@ typedef struct {
     sel_linear_engine *engine;    /* must outlive the model */
     void (*tick)(void *ctx);      /* training: called between the operations of backward; NULL: nobody is interested */
     void *tick_ctx;
+    sel_profile *profile;         /* laps of every call are added to it; must outlive the model; NULL: not wanted */
 } sel_model_options;
 
 /* The attention options that a configuration asks for. */
@@ -51,8 +53,11 @@ sel_attention_options sel_attention_options_of(const sel_config *c);
 sel_status sel_model_new(sel_model **m, const sel_layout *layout, const sel_model_options *o);
 void       sel_model_free(sel_model **m);
 
-/* Bytes of activations and scratch that the model holds, and of packed weights (estimate). */
-size_t sel_model_bytes(const sel_model *m);
+/* Bytes that the model holds: packed weights, activations kept for backward, scratch. */
+void sel_model_memory(const sel_model *m, size_t *packed, size_t *kept, size_t *scratch);
+
+/* For measurements: selection off, or on again in a model that was made with it, and where its laps go from now on. */
+void sel_model_set_selective(sel_model *m, bool selective, sel_profile *profile);
 
 /* Packs the linear layers' weights.  params [layout total] are read by every later call
    too (norms, embeddings): the same array must be passed, unchanged since. */
@@ -67,11 +72,12 @@ typedef struct {
 } sel_batch_stats;
 
 /* Forward and backward of `batch` sequences of n tokens: tokens [batch][n + 1], inputs
-   then targets.  grads [layout total] += loss_scale * d(sum of -log p) + memory_scale * d(stats->memory).
+   then targets.  grads [layout total] = (add: +=) loss_scale * d(sum of -log p) + memory_scale * d(stats->memory).
+   Unless add, what grads held does not matter, but for the gaps between tensors, which are left alone.
    ready(ctx, begin, end), where not NULL, is told each stretch of grads that no later
    layer of this call will touch, from the last layer to the first. */
-sel_status sel_model_train(sel_model *m, const float *params, float *grads, const int32_t *tokens, int64_t batch,
-                           int64_t n, double loss_scale, double memory_scale,
+sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool add, const int32_t *tokens,
+                           int64_t batch, int64_t n, double loss_scale, double memory_scale,
                            void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats);
 
 /* Forward only.  logp, best [batch][n] where not NULL: log p of each target, and whether it

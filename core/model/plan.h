@@ -37,19 +37,19 @@ struct sel_model {
     sel_linear *lm_head;
 
     char *memory;                 /* the one block behind all arrays below */
-    size_t bytes;
+    size_t bytes, kept_bytes;     /* of the block; of what backward needs of it */
     sel_kept *kept;               /* [L]; all alike unless training */
-    float *x;                     /* [T][D]   residual stream, finally the last layer's output */
+    float *x;                     /* [T][D]   residual stream after the last layer; unless training, all along */
     float *rstd_final;            /* [T] */
 
     /* scratch */
-    float *h;                     /* [T][D]   a norm's output where float32 operands are wanted; a branch's result */
+    float *h;                     /* [T][D]   a branch's result; a norm's output where operands are float32 */
     float *qk;                    /* [T][(H + Hkv) dh]   normed q, then k */
     void *act;                    /* [T][F]   silu(gate) * up, an operand */
     uint16_t *h16;                /* [T][D]   a norm's output as bfloat16; these four only where operands are */
     uint16_t *att16;              /* [T][H dh] */
     uint16_t *logits16;           /* [logit_rows][V]   gradient */
-    uint16_t *dx16, *dqkv16;      /* [T][D], [T][qkv_width] */
+    uint16_t *dx16, *dqkv16;      /* [T][D]: dx rounded; [T][qkv_width] */
     float *logits;                /* [logit_rows][V] */
     int64_t logit_rows;
     double *logp;                 /* [logit_rows] */
@@ -82,6 +82,16 @@ static inline int64_t sel_width(const sel_dims *d) { return d->bilinear ? d->dh 
 static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d) + 2 * sel_width(d); }
 static inline int64_t sel_column(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }   /* sel_q's in qkv */
 
+/* Rows of logits that exist at once in a call over `rows` rows.  (model.c) */
+int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows);
+
+/* FLOPs of attention forward: causal products (spec, section 16), two a head; the selection's own logits are one more.
+   Kernels' backward does 2.5 times that. */
+static inline double attention_flops(const sel_dims *d, int64_t batch, int64_t n)
+{
+    return (4.0 * (double)q_width(d) + 2.0 * (double)sel_width(d)) * (double)n * (double)(n + 1) / 2.0 * (double)batch;
+}
+
 /* Threads for the passes over `rows` rows: one where waking another costs more than it takes over (decoding). */
 static inline int pass_threads(const sel_model *m, int64_t rows) { return rows < 32 ? 1 : m->opt.threads; }
 
@@ -96,37 +106,49 @@ static inline bool sel_model_leaves_out(const sel_model *m)
            m->opt.use != SEL_USE_DECODE;
 }
 
-/* Residual stream through all layers: m->inputs [batch][n] to m->x.  (forward.c) */
+/* Residual stream through all layers: m->inputs [batch][n] to the last layer's x_mid and m->h, the last branch,
+   which is still to be added.  (forward.c) */
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory);
 
-/* x [n] as an operand of a product: itself, or rounded into x16. */
-static inline const void *operand(const sel_model *m, uint16_t *x16, const float *x, int64_t n)
+/* Attention's output of a layer, `rows` rows, as an operand of o_proj. */
+static inline const void *attention_operand(const sel_model *m, int64_t l, int64_t rows)
 {
-    if (!m->opt.bfloat16) return x;
-    m->opt.ops->to_bfloat16(x16, x, n, pass_threads(m, n / m->layout->dims.D));
-    return x16;
+    const int64_t n = rows * q_width(&m->layout->dims);
+    if (!m->opt.bfloat16) return m->kept[l].att;
+    m->opt.ops->to_bfloat16(m->att16, m->kept[l].att, n, pass_threads(m, rows));
+    sel_profile_lap(m->opt.profile, SEL_PART_CONVERT, 0.0, 6.0 * (double)n);
+    return m->att16;
 }
 
-/* RMSNorm of x [rows][D] with the scale at `offset` of params, as an operand; rstd may be NULL. */
-static inline const void *normed(const sel_model *m, const float *params, int64_t offset, float *rstd, const float *x,
-                                 int64_t rows)
+/* Where a norm's output goes that is an operand of a product. */
+static inline void *norm_operand(const sel_model *m) { return m->opt.bfloat16 ? (void *)m->h16 : (void *)m->h; }
+
+/* A layer's products, each a lap of the profile: `part` is the layer's forward one.  (product.c) */
+sel_status sel_model_product(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *x,
+                             int64_t x_row, float *y, int64_t y_row);
+sel_status sel_model_product_input(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *dy,
+                                   int64_t dy_row, float *dx, int64_t dx_row);
+sel_status sel_model_product_weight(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *dy,
+                                    int64_t dy_row, const void *x, int64_t x_row, float *dw, bool add);
+
+/* The residual stream x + m->h to sum (which may be x) and its RMSNorm with the scale at `offset` of params, as an
+   operand; rstd may be NULL. */
+static inline const void *residual_normed(const sel_model *m, const float *params, int64_t offset, float *rstd,
+                                          float *sum, const float *x, int64_t rows)
 {
     const int64_t D = m->layout->dims.D;
-    const int threads = pass_threads(m, rows);
-    if (!m->opt.bfloat16) {
-        m->opt.ops->rmsnorm_forward(m->h, rstd, x, params + offset, rows, D, threads);
-        return m->h;
-    }
-    m->opt.ops->rmsnorm_forward_bf16(m->h16, rstd, x, params + offset, rows, D, threads);
-    return m->h16;
+    void *const h = norm_operand(m);
+    m->opt.ops->residual_norm(h, m->opt.bfloat16, rstd, sum, x, m->h, params + offset, rows, D, pass_threads(m, rows));
+    sel_profile_lap(m->opt.profile, SEL_PART_NORM, 0.0, (double)(rows * D) * (m->opt.bfloat16 ? 14.0 : 16.0));
+    return h;
 }
 
-/* Normed q and k of a layer's qkv into m->qk; rstd arrays may be NULL. */
-void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, float *rstd_q, float *rstd_k);
+/* Normed q and k of a layer's qkv into m->qk, forward, or again for backward. */
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again);
 
-/* Rows of the output matrix in slices: log-probabilities, and, grads not NULL, gradients: of the
-   output matrix and final norm into grads, of the residual stream into m->dx.  (head.c) */
-sel_status sel_model_head(sel_model *m, const float *params, float *grads, int64_t rows, double loss_scale,
+/* Rows of the output matrix in slices: log-probabilities, and, grads not NULL, gradients: of the output matrix (=, or
+   += where add) and final norm (+=) into grads, of the residual stream into m->dx.  (head.c) */
+sel_status sel_model_head(sel_model *m, const float *params, float *grads, bool add, int64_t rows, double loss_scale,
                           double *logp, uint8_t *best, sel_batch_stats *stats);
 
 /* Splits tokens [batch][n + 1] into m->inputs and m->targets; SEL_EFILE for an id outside the vocabulary. */

@@ -203,11 +203,26 @@ static sel_status add_string(row_text *t, const char *key, const char *value)
     return text ? SEL_OK : sel_fail(SEL_EUSER, "metrics: the event is not UTF-8, or out of memory");
 }
 
+static void add_profile(row_text *t, const sel_profile *p, int64_t steps)
+{
+    add(t, ",\"steps\":%" PRId64 ",\"parts\":[", steps);
+    const char *comma = "";
+    for (int i = 0; i < SEL_N_PARTS; i++) {
+        const sel_part_sum *const s = &p->parts[i];
+        if (s->laps == 0) continue;
+        add(t, "%s{\"name\":\"%s\",\"pass\":\"%s\",\"seconds\":%.6g,\"flops\":%.6g,\"bytes\":%.6g}", comma,
+            sel_part_name((sel_part)i), sel_part_pass((sel_part)i), s->seconds, s->flops, s->bytes);
+        comma = ",";
+    }
+    add(t, "]");
+}
+
 static sel_status format_row(row_text *t, const sel_metrics *m)
 {
     add(t, "{\"step\":%" PRId64, m->step);
     if (m->event) {
         SEL_TRY(add_string(t, "event", m->event));
+        if (m->profile) add_profile(t, m->profile, m->profiled);
     } else {
         if (m->has_train) {
             add_number(t, "loss", m->loss);

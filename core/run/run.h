@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include "core/base/file.h"
+#include "core/base/profile.h"
 
 typedef struct sel_run sel_run;
 
@@ -34,6 +35,8 @@ typedef struct {
     double val_loss;
     int64_t val_tokens;
     const char *event;
+    const sel_profile *profile;          /* with an event: where the time of `profiled` steps went; else NULL */
+    int64_t profiled;
 } sel_metrics;
 
 /* Appends the row, one write call a row, numbers with enough digits to read back the same. */

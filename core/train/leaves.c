@@ -7,6 +7,7 @@
  */
 #include <inttypes.h>
 #include "core/train/trainer.h"
+#include "dist/tree.h"
 
 static bool power_of_two(int64_t n) { return (n & (n - 1)) == 0; }
 
@@ -39,8 +40,10 @@ static int closing(int leaf) { return __builtin_ctz(~(unsigned)leaf); }
 
 void sel_leaf_close(sel_trainer *t, int leaf, int64_t begin, int64_t end)
 {
-    for (int d = sel_leaf_depth(leaf), n = closing(leaf); n > 0; d--, n--)
-        t->ops.add(t->sums[d - 1] + begin, t->sums[d] + begin, end - begin, t->threads);
+    for (int d = sel_leaf_depth(leaf), n = closing(leaf); n > 0; d--, n--) {
+        float *const sum = t->sums[d - 1] + begin;
+        sel_tree_sum(&sum, 1, (const float *const[]){ sum, t->sums[d] + begin }, 2, end - begin, t->threads);
+    }
 }
 
 void sel_leaf_close_numbers(double numbers[SEL_LEVELS][SEL_LEAF_NUMBERS], int leaf)

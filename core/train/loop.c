@@ -75,6 +75,7 @@ static sel_status save(sel_trainer *t, pace *p)
 static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
 {
     const double begun = sel_now();
+    const sel_profile steps = t->profile;   /* the model's laps in here are no part of a step */
     const int64_t N = t->config->model.context, most = t->config->train.validate_tokens;
     const sel_score_job job = { .model = t->model, .params = t->params, .batch = t->micro, .N = N,
                                 .max_windows = (most + N - 1) / N, .comm = t->comm };
@@ -82,6 +83,7 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
 
     sel_fault("validate", t->step, "");
     SEL_TRY(sel_score_corpus(&job, t->validation, &sum));
+    t->profile = steps;
     row->val_loss = sum.loss / (double)sum.tokens;
     row->val_tokens = sum.tokens;
     p->paused += sel_now() - begun;
@@ -258,9 +260,11 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
         .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
         .seed = (uint64_t)t->config->run.seed,
     };
+    size_t packed, kept, scratch;
+    sel_model_memory(t->model, &packed, &kept, &scratch);
     const sel_train_start s = {
         .parameters = t->layout->parameters,
-        .memory_bytes = sel_arrays_bytes(t) + (int64_t)sel_model_bytes(t->model),
+        .memory_bytes = sel_arrays_bytes(t) + (int64_t)(packed + kept + scratch),
         .train_tokens = sel_corpus_tokens(t->train),
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
@@ -274,6 +278,16 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     if (t->binding.warning[0]) j->watcher->message(j->watcher->ctx, t->binding.warning);
     if (sel_reducer_note(t->reducer)[0]) j->watcher->message(j->watcher->ctx, sel_reducer_note(t->reducer));
     return SEL_OK;
+}
+
+/* Rank 0's profile of the steps of this job, to the watcher and the metrics. */
+static sel_status tell_profile(sel_trainer *t, int64_t steps)
+{
+    const sel_train_watcher *w = t->job->watcher;
+    const sel_metrics row = { .step = t->step, .tokens = t->tokens_seen, .event = "profile", .profile = &t->profile,
+                              .profiled = steps };
+    w->profile(w->ctx, &t->profile, steps, t->peak_gflops);
+    return sel_run_metrics(t->run, &row);
 }
 
 static sel_status train(const sel_train_job *job, sel_train_result *result)
@@ -298,7 +312,10 @@ static sel_status train(const sel_train_job *job, sel_train_result *result)
     if (rc == SEL_OK) {
         p.paused = 0.0;
         p.last_log = sel_now();
+        const int64_t from = t.step;
         rc = run_steps(&t, &p, result);
+        if (rc == SEL_OK && job->profile && t.step > from)
+            rc = sel_comm_agree(t.comm, is_first(&t) ? tell_profile(&t, t.step - from) : SEL_OK);
     }
     free(hosts);
     result->step = p.saved_step;

@@ -5,6 +5,7 @@
 #include <string.h>
 #include "core/base/mem.h"
 #include "core/base/fault.h"
+#include "core/model/choice.h"
 #include "core/train/trainer.h"
 
 /* Tokens that a micro-batch holds when it may choose: enough rows for the matrix products, a bounded memory. */
@@ -156,11 +157,10 @@ static sel_status make_model(sel_trainer *t)
     t->tokens = sel_alloc((size_t)(t->micro * (dims.N + 1)) * sizeof *t->tokens, "tokens of a micro-batch");
     if (!t->tokens) return SEL_ENOMEM;
 
-    SEL_TRY(sel_linear_open(&t->engine, backend_of(c), dtype_of(c), t->threads));
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
                                   .attention = sel_attention_options_of(c),
                                   .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
-                                  .ops = &t->ops, .engine = t->engine, .tick = move_along,
+                                  .ops = &t->ops, .engine = t->engine, .profile = &t->profile, .tick = move_along,
                                   .tick_ctx = t->reducer };
     return sel_model_new(&t->model, t->layout, &o);
 }
@@ -172,19 +172,60 @@ static void warn(void *job, const char *line)
 }
 
 /* What RUN/config.yaml says, where a run is there to go on with. */
-static bool earlier_precision(const sel_trainer *t, sel_precision *out)
+static bool earlier_config(const sel_trainer *t, sel_config *old)
 {
     char path[SEL_PATH_MAX], *text = NULL;
     size_t bytes;
-    sel_config old;
-    bool known = false;
 
     if (sel_path_join(path, t->config->run.dir, "config.yaml") != SEL_OK || !sel_path_exists(path)) return false;
-    if (sel_read_file(path, &text, &bytes) == SEL_OK && sel_config_parse(&old, text, bytes, path, NULL, 0) == SEL_OK)
-        known = old.train.precision != SEL_PRECISION_AUTO;
-    if (known) *out = old.train.precision;
+    const bool known = sel_read_file(path, &text, &bytes) == SEL_OK &&
+                       sel_config_parse(old, text, bytes, path, NULL, 0) == SEL_OK;
     free(text);
     return known;
+}
+
+static bool earlier_precision(const sel_trainer *t, sel_precision *out)
+{
+    sel_config old;
+    if (!earlier_config(t, &old) || old.train.precision == SEL_PRECISION_AUTO) return false;
+    *out = old.train.precision;
+    return true;
+}
+
+/* compute.linear_backend: auto.  What the run was trained with so far, unless its operands were of another type, or
+   what is measured on this rank now, with the engine that the model will use. */
+static sel_status probe_choice(const sel_trainer *t, sel_linear_engine *e, char choice[SEL_CHOICE_MAX])
+{
+    sel_config old;
+    if (earlier_config(t, &old) && old.compute.linear_choice[0] &&
+        old.compute.linear_backend == SEL_BACKEND_AUTO && old.train.precision == t->config->train.precision) {
+        snprintf(choice, SEL_CHOICE_MAX, "%s", old.compute.linear_choice);
+        return SEL_OK;
+    }
+    const sel_dims dims = sel_dims_of(t->config, sel_corpus_vocab(t->train));
+    return sel_choice_probe(e, &dims, t->micro * dims.N, choice);
+}
+
+/* [collective] Opens the engine; with auto rank 0's choice, or the configuration's own, is every rank's. */
+static sel_status open_engine(sel_trainer *t)
+{
+    const sel_config *c = t->config;
+    const sel_dims dims = sel_dims_of(c, sel_corpus_vocab(t->train));
+    char choice[SEL_CHOICE_MAX] = "";
+    sel_status rc = sel_linear_open(&t->engine, backend_of(c), dtype_of(c), t->threads);
+
+    SEL_TRY(sel_comm_agree(t->comm, rc));
+    if (c->compute.linear_backend != SEL_BACKEND_AUTO) {
+        t->resolved.compute.linear_choice[0] = '\0';
+        return SEL_OK;
+    }
+    if (!c->compute.linear_choice[0]) {
+        if (sel_comm_rank(t->comm) == 0) rc = probe_choice(t, t->engine, choice);
+        SEL_TRY(sel_comm_agree(t->comm, rc));
+        sel_comm_bcast(t->comm, choice, sizeof choice, 0);
+        snprintf(t->resolved.compute.linear_choice, sizeof t->resolved.compute.linear_choice, "%s", choice);
+    }
+    return sel_comm_agree(t->comm, sel_choice_apply(t->engine, &dims, c->compute.linear_choice));
 }
 
 /* What rank 0 found in the run folder, for all. */
@@ -333,6 +374,7 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
     SEL_TRY(resolve_precision(t));
     SEL_TRY(sel_comm_agree(t->comm, make_layout(t)));
     SEL_TRY(sel_arrays_new(t));
+    SEL_TRY(open_engine(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));

@@ -57,17 +57,15 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, doub
         float *const grads = t->sums[depth];
         sel_batch_stats stats;
 
-        if (i % each == 0) {
-            memset(grads, 0, (size_t)total * sizeof *grads);
-            memset(numbers[depth], 0, sizeof numbers[depth]);
-        }
+        if (i % each == 0) memset(numbers[depth], 0, sizeof numbers[depth]);
         for (int64_t k = 0; k < t->micro; k++) {
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
             SEL_TRY(sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1), NULL));
         }
+        sel_profile_lap(&t->profile, SEL_PART_DATA, 0.0, 0.0);
         sel_fault("forward", step, "");
-        SEL_TRY(sel_model_train(t->model, t->params, grads, t->tokens, t->micro, N, loss_scale, memory_scale,
-                                last ? gradients_ready : NULL, &to, &stats));
+        SEL_TRY(sel_model_train(t->model, t->params, grads, i % each != 0, t->tokens, t->micro, N, loss_scale,
+                                memory_scale, last ? gradients_ready : NULL, &to, &stats));
         for (int64_t l = 0; l < t->layout->dims.L; l++) t->live_keys[l] = sel_model_live_keys(t->model, l);
         numbers[depth][SUM_LOSS] += stats.loss;
         numbers[depth][SUM_MEMORY] += stats.memory;
@@ -116,11 +114,14 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     const int64_t step = t->step + 1;
     double sums[SUMS] = { 0 };
 
+    sel_profile_start(&t->profile);
     if (local_gradient(t, step, true, sums) != SEL_OK) die(t, "the gradient", step);
     sel_fault("reduce", step, "");
     sel_reducer_finish(t->reducer);
+    sel_profile_lap(&t->profile, SEL_PART_REDUCE, 0.0, 0.0);
 
     const double norm = sqrt(sel_arrays_norm_squared(t));
+    sel_profile_lap(&t->profile, SEL_PART_GRADIENT_NORM, 0.0, 4.0 * (double)t->layout->total);
     sel_wire w;
     sel_reducer_wire(t->reducer, &w);   /* of this step's sums, and of the last one's parameters */
     sums[SUM_WIRE] = w.wire_bytes;
@@ -132,6 +133,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     sums[SUM_SIGNAL] = *t->job->signal ? 1.0 : 0.0;
     sums[SUM_SAVE] = save_due ? 1.0 : 0.0;
     sel_comm_sum_doubles(t->comm, sums, SUMS);
+    sel_profile_lap(&t->profile, SEL_PART_REDUCE, 0.0, 0.0);
 
     s->loss = sums[SUM_LOSS] / sums[SUM_TOKENS];
     s->memory_loss = c->attention.memory_loss.epsilon * sums[SUM_MEMORY] / (double)c->train.batch;
@@ -151,6 +153,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     const double clip = c->train.clip;
     sel_fault("optimizer", step, "");
     sel_optimizer_update(t, step, s->lr, clip > 0.0 && norm > clip ? clip / norm : 1.0);
+    sel_profile_lap(&t->profile, SEL_PART_OPTIMIZER, 0.0, 28.0 * (double)t->layout->parameters);
     if (sel_model_pack(t->model, t->params) != SEL_OK) die(t, "packing the weights", step);
     t->step = step;
     t->tokens_seen += s->tokens;

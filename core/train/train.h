@@ -34,12 +34,14 @@ typedef struct {
     void (*start)(void *ctx, const sel_train_start *s);
     void (*progress)(void *ctx, const sel_train_progress *p);
     void (*message)(void *ctx, const char *line);
+    void (*profile)(void *ctx, const sel_profile *p, int64_t steps, double peak_gflops);   /* at the end, where asked */
 } sel_train_watcher;
 
 typedef struct {
     const sel_config *config;
     sel_comm *comm;
     const sel_train_watcher *watcher;
+    bool profile;                          /* rank 0's time by part: to the watcher and metrics.jsonl at the end */
     const volatile sig_atomic_t *signal;   /* number of a signal that asks to save and end; 0: none */
     const char *command, *program, *commit, *compiler, *build;   /* for provenance.json */
 } sel_train_job;

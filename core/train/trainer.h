@@ -50,6 +50,7 @@ typedef struct sel_trainer {
     int threads;
     sel_binding binding;
     double peak_gflops;
+    sel_profile profile;             /* laps of all steps of this job */
 
     int64_t step, tokens_seen;       /* completed */
     int64_t *skipped;                /* [n_skipped], ascending: steps whose batches are left out */
