@@ -363,7 +363,9 @@ static void check_bfloat16(const example *e, int threads, const sel_ops *ops)
     const double off = fabs(s.loss / (double)e->predicted - e->loss) / e->loss;
     const double error = distance(grads, e->grad, total) / norm(e->grad, total);
     CHECK(off < 5e-3, "%s: bfloat16: loss off by %.3g", e->name, off);
-    CHECK(error < 3e-2 && error > 1e-4, "%s: bfloat16, level %d: gradient off by %.3g", e->name, (int)ops->level,
+    /* Logits of a selection of its own have no norm: more of them are near relu's kink, where rounding flips them. */
+    const double bound = e->layout->dims.bilinear ? 5e-2 : 3e-2;
+    CHECK(error < bound && error > 1e-4, "%s: bfloat16, level %d: gradient off by %.3g", e->name, (int)ops->level,
           error);
     sel_free(grads);
     sel_model_free(&m);
