@@ -270,7 +270,7 @@ APART void sum_over_queries(gradient_room *m, int n, const query_sum *part, int 
 static void key_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_rows *const *rows,
                           const gradient_keys *keys, bool fresh)
 {
-    query_sum part[SIDE];
+    query_sum part[SIDE] = { { .A = NULL } };
     for (int i = 0; i < n; i++)
         part[i] = (query_sum){ .A = t[i]->p, .B = rows[i]->dout, .off = t[i]->view.off, .rows = t[i]->rows };
     sum_over_queries(m, n, part, t[0]->cols, keys->dv, fresh);
