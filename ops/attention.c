@@ -121,9 +121,10 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     p.groups = ceil_div(p.tiles, p.group);
 
     if (!backward) {
-        p.qt = take(&end, H * dh * TILE);
-        p.ot = take(&end, H * dh * TILE);
-        p.ml = take(&end, 2 * H * TILE);
+        p.slots = p.columns > SUPER ? H : 1;
+        p.qt = take(&end, p.slots * dh * TILE);
+        p.ot = take(&end, p.slots * dh * TILE);
+        p.ml = take(&end, 2 * p.slots * TILE);
         p.raw = take(&end, square);
         p.redo = take(&end, square);
         p.p = take(&end, square);

@@ -37,7 +37,8 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward);
 typedef struct {
     int64_t rows, tiles, columns, group, groups;
     int64_t thread0, thread_size;
-    int64_t qt, ot, ml, raw, redo, f, p, carry;      /* forward, in a thread's scratch */
+    int64_t slots;                                   /* forward: heads whose rows are kept between super-blocks, or 1 */
+    int64_t qt, ot, ml, raw, redo, f, p, carry;      /* in a thread's scratch */
     int64_t carries;
     int64_t l0, g, pi, zi, zk, dk, dv, dq;           /* backward */
     int64_t pack0, pack_size;

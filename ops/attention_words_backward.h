@@ -93,7 +93,7 @@ static word *writable(const backward_job *w, const word *at) { return (word *)w-
 
 static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
-/* Where a head's keys, values and their gradients, queries, results and theirs lie in the caller's arrays: tile J or I. */
+/* Where tile J of a key head's rows, tile I of a query head's lie in one of the caller's arrays. */
 static int64_t key_place(const backward_job *w, int64_t seq, int64_t row, int64_t kh, int64_t J)
 {
     return w->b * seq + J * TILE * row + kh * w->a->dh;
@@ -417,7 +417,8 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
             if (!(s.seen[r][c] = make_tile(w, I, J, t))) continue;
             tile_gradients(&w->room, t, &s.keys[c], &s.rows[r], selecting ? panel(w, p->l0, u, I, J) : NULL,
                            a->selective ? panel(w, p->f, u, I, J) : NULL,
-                           a->selective ? w->scratch + p->g + (r * SIDE + c) * TILE * TILE : NULL, selecting ? Z0 : NULL);
+                           a->selective ? w->scratch + p->g + (r * SIDE + c) * TILE * TILE : NULL,
+                           h == 1 || a->heads == 1, selecting ? Z0 : NULL);
             if (selecting) select_gradients(w, u, t, r, c, Z0, dcarry[c]);
         }
     for (int c = 0; c < u->J1 - u->J0; c++) {
@@ -481,7 +482,6 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
             below.I1 = u.I0;
             below.I0 = u.I0 > SIDE ? u.I0 - SIDE : 0;
             below.first_rows = false;
-            if (a->selective) memset(w->scratch + p->g, 0, SIDE * SIDE * TILE * TILE * sizeof(float));
             /* Head 0 last: its dF needs the other heads'. */
             for (int64_t n = 1; n <= a->heads; n++) {
                 fetch_head(w, (n + 1) % a->heads, n < a->heads ? &u : &below);

@@ -1,4 +1,9 @@
-/* attention_words_forward.h: the forward pass for AVX-512 (attention_words.h); included once a kernel file. */
+/* attention_words_forward.h: the forward pass for AVX-512 (attention_words.h); included once a kernel file.
+ *
+ * Products run near the processor's peak while their operands are in cache, so what matters is that they are: while a
+ * tile is worked on the next one's operands are fetched, a few lines every few products (fetch_queue).  bfloat16 packs
+ * the keys tile by tile, each as the first row tile that sees it comes to it.
+ */
 #ifndef SEL_OPS_ATTENTION_WORDS_FORWARD_H
 #define SEL_OPS_ATTENTION_WORDS_FORWARD_H
 
@@ -224,7 +229,8 @@ static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *row
             logits_block(0, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
         for (int jb = both; jb < end; jb++)
             logits_block(1, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
-        grown = (_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0;
+        grown = (_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) |
+                 _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0;
         if (grown) redo_half(t, keys, rows, view, NF, lane, first, end, start, sums);
         for (int v = 0; v < 2; v++) {
             float *const l = rows->l + lane + v * V16;
@@ -345,8 +351,8 @@ static int64_t visited(const forward_job *w, const row_tile *t, int64_t n)
     return w->a->window ? t->J1 - 1 - n : t->J0 + n;
 }
 
-/* Of Q^T and O^T all heads' are kept where they are visited more than once. */
-static int64_t slot(const forward_job *w, int64_t h) { return w->p->columns > SUPER ? h : 0; }
+/* Q^T, O^T, m and l are kept of all heads where they are visited more than once, else of one. */
+static int64_t slot(const forward_job *w, int64_t h) { return w->p->slots > 1 ? h : 0; }
 
 static head_rows rows_of(const forward_job *w, int64_t h)
 {
@@ -448,7 +454,8 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             const __m256 m4 = _mm256_loadu_ps(r.m + i0 + 8 * half);
             const __m256 e4 = half ? _mm512_extractf32x8_ps(e, 1) : _mm512_castps512_ps256(e);
             const __m256 f4 = half ? _mm512_extractf32x8_ps(f, 1) : _mm512_castps512_ps256(f);
-            const __m512d sum = _mm512_add_pd(_mm512_cvtps_pd(m4), _mm512_add_pd(_mm512_cvtps_pd(e4), _mm512_cvtps_pd(f4)));
+            const __m512d log2_l = _mm512_add_pd(_mm512_cvtps_pd(e4), _mm512_cvtps_pd(f4));
+            const __m512d sum = _mm512_add_pd(_mm512_cvtps_pd(m4), log2_l);
             const int count = n - 8 * half;
             const __mmask8 real = (__mmask8)(count >= 8 ? 0xff : count <= 0 ? 0 : 0xff >> (8 - count));
             _mm256_mask_storeu_ps(lse + i0 + 8 * half, real, _mm512_cvtpd_ps(_mm512_mul_pd(sum, _mm512_set1_pd(LN2))));
@@ -592,8 +599,8 @@ static void forward_sequence(forward_job *w)
     store_memory(w);
 }
 
-/* The carries of one column tile at the start of every group of row tiles, from the selection alone.  What the last group adds,
-   most of the work, no other group needs. */
+/* The carries of one column tile at the start of every group of row tiles, from the selection alone.  What the last
+   group of rows adds no other group needs. */
 static void carry_column(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -608,7 +615,9 @@ static void carry_column(const forward_job *w, int64_t J)
         const row_tile t = row_tile_of(w, I);
         const int64_t off = t.row0 - j0;
         const tile_view view = view_of(off, a->window, t.rows);
-        if (I % p->group == 0) memcpy(group_carry(w, I / p->group) + j0, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
+        float *const kept = group_carry(w, I / p->group) + j0;
+
+        if (I % p->group == 0) memcpy(kept, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
         if (J < t.J0 || J >= t.J1 || I == (p->groups - 1) * p->group) continue;
         transpose_selecting(w, &t, Qt);
         raw_logits(&w->room, &keys, Qt, &view, raw);

@@ -124,8 +124,8 @@ INLINE void store_gradients(const int v0, __m512 x[2], __m512 y[2], word *z, wor
 
 /* P and dZ of 8 keys from j0 on, for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them. */
 INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
-                           const gradient_rows *rows, const float *L0, const float *NF, float *G, float *Z0, int lane,
-                           int j0)
+                           const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
+                           float *Z0, int lane, int j0)
 {
     const int64_t kw = m->dh / PAIR, steps = 8 / PAIR, each = kw >= 8 * steps ? 1 : 8 * steps / kw;
     const __m512 c = _mm512_set1_ps(m->scale);
@@ -152,15 +152,22 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
     for (int64_t k = 0; k < kw; k += steps, A += steps, B += steps * TILE) {
         __asm__("" : "+r"(A), "+r"(B));   /* two pointers move, not one for each word of a step */
         sum_rows(v0, 2, steps, A, kw, 1, B, TILE, &m->next, acc);
-        for (int64_t n = 0; n < each && done < 8; n++, done++)
+        for (int64_t n = 0; n < each && done < 8; n++, done++) {
+            const int at = (j0 + done) * TILE + lane;
             exponentiate_row(v0, x, done, c, rows->lse + lane, t->p + j0 * TILE_WORDS + lane / PAIR);
+            if (!NF) continue;
+            for (int v = v0; v < 2; v++) {   /* into the first cache: this block's G, -F of the next */
+                _mm_prefetch((const char *)(G + at + v * V16), _MM_HINT_T0);
+                _mm_prefetch((const char *)(NF + at + 8 * TILE + v * V16), _MM_HINT_T0);
+            }
+        }
     }
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
         for (int v = v0; v < 2; v++) {
             const int at = (j0 + r) * TILE + lane + v * V16;
             acc[r][v] = _mm512_mul_ps(acc[r][v], _mm512_load_ps(x + r * 32 + v * V16));
-            if (G) _mm512_storeu_ps(G + at, _mm512_add_ps(_mm512_loadu_ps(G + at), acc[r][v]));
+            if (G) _mm512_storeu_ps(G + at, fresh ? acc[r][v] : _mm512_add_ps(_mm512_loadu_ps(G + at), acc[r][v]));
             if (Z0) _mm512_storeu_ps(Z0 + at, acc[r][v]);
         }
     #pragma GCC unroll 4
@@ -169,15 +176,17 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
                         t->zk + (j0 + r) / PAIR * TILE + lane);
 }
 
-/* P and dZ of one tile of one head.  L0: its logits where they are known, NF: -F, G: += dZ (all [j][TILE], NULL
-   where there is none); Z0: where dZ of the head that selects goes, as floats, to be changed before it becomes words, else NULL. */
+/* P and dZ of one tile of one head.  L0: its logits where they are known, NF: -F, G: += dZ, or = dZ where fresh (all
+   [j][TILE], NULL where there is none); Z0: where dZ of the head that selects goes, as floats, to be changed before it
+   becomes words, else NULL. */
 APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
-                           const gradient_rows *rows, const float *L0, const float *NF, float *G, float *Z0)
+                           const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
+                           float *Z0)
 {
     for (int lane = 0; lane < t->view.lanes; lane += 32) {
         const int low = end_block(&t->view, lane), high = end_block(&t->view, lane + V16);
-        for (int jb = 0; jb < low; jb++) gradient_block(0, m, t, keys, rows, L0, NF, G, Z0, lane, jb * 8);
-        for (int jb = low; jb < high; jb++) gradient_block(1, m, t, keys, rows, L0, NF, G, Z0, lane, jb * 8);
+        for (int jb = 0; jb < low; jb++) gradient_block(0, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+        for (int jb = low; jb < high; jb++) gradient_block(1, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
     }
 }
 

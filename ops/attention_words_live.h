@@ -471,7 +471,7 @@ static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h
             float *const G = w->scratch + p->g + c * square;
 
             keys[n] = gather_backward(w, kh, list, tiles[n].cols, n);
-            tile_gradients(&w->room, &tiles[n], &keys[n], &rows, selecting ? L0 : NULL, NF, G,
+            tile_gradients(&w->room, &tiles[n], &keys[n], &rows, selecting ? L0 : NULL, NF, G, h == 1 || a->heads == 1,
                            selecting ? Z0 : NULL);
             if (selecting) select_gradients_live(w, u, &tiles[n], I, c, Z0);
             t[n] = &tiles[n];
@@ -562,7 +562,6 @@ static void backward_group_live(backward_job *w, int64_t group, int thread, int 
                                .count = least(left, p->live_tiles), .opens = first == thread, .dcarry = dcarry };
         for (int64_t c = 0; c < u.count; c++) rebuild_live(w, &u, c);
         for (int64_t I = I1 - 1; I >= I0; I--) {
-            memset(w->scratch + p->g, 0, (size_t)(u.count * TILE * TILE) * sizeof(float));
             for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
                 const int64_t h = n % a->heads, next = (n + 1) % a->heads;
                 w->room.next.n = 0;
