@@ -11,8 +11,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* One dual-stack socket: IPv4 addresses are written as IPv6 ones (RFC 4291, section 2.5.5.2); a kernel without IPv6 gets
-   an IPv4 socket. */
+/* One dual-stack socket: IPv4 addresses are written as IPv6 ones (RFC 4291, section 2.5.5.2); a kernel without IPv6
+   gets an IPv4 socket. */
 struct sel_beacon {
     int fd, family;
     uint64_t job;

@@ -1,8 +1,8 @@
 /* beacon.h: a sign of life between the hosts of a job, by UDP, beside MPI and whatever state that is in.
  *
  * A star: host 0 is its centre.  Each of the others sends to it, and it answers to the address that a host's last
- * datagram came from, so that only the centre's addresses have to be told around.  Some hundred bytes a host and second;
- * one that is lost does no harm.  A number drawn for the job keeps strangers' datagrams out.
+ * datagram came from, so that only the centre's addresses have to be told around.  Some hundred bytes a host
+ * and second; one that is lost does no harm.  A number drawn for the job keeps strangers' datagrams out.
  */
 #ifndef SEL_DIST_BEACON_H
 #define SEL_DIST_BEACON_H
@@ -26,7 +26,7 @@ typedef struct {
 /* What is told. */
 typedef struct {
     int32_t host;               /* of the sender */
-    int32_t rank;               /* of the rank that is furthest behind: among the sender's; in the job, from the centre */
+    int32_t rank;               /* the one that is furthest behind: of the sender's, or, from the centre, of all */
     int32_t ending;             /* the sender is about to end the job */
     int32_t stale_ms;           /* how long that rank has not got on */
     sel_pulse_view pulse;       /* where it is */

@@ -17,6 +17,7 @@
 #include "core/base/mem.h"
 #include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
+#include "dist/tree.h"
 
 #define CHUNK_BYTES ((size_t)64 << 20)
 #define FOLD_BLOCK 64 /* doubles a rank that are folded at once: the statistics of a step fit in one */
@@ -55,22 +56,66 @@ static void meet(const sel_comm *c, const char *call, uint64_t detail)
 #endif
 }
 
-/* The ranks, a host's together: hosts by their lowest rank, in a host as MPI has them.  Rank 0 stays rank 0. */
-static void make_world(sel_comm *c)
+/* For tests: SELECTRA_HOSTS="2,1" makes hosts of the first two ranks and of the third.  The host of `rank`, -1 without
+   that wish. */
+static int pretended_host(int rank, int size)
 {
-    MPI_Comm host;
+    const char *text = getenv("SELECTRA_HOSTS");
+    int host = -1, sum = 0;
+
+    if (!text || !*text) return -1;
+    for (int i = 0;; i++, text++) {
+        char *end;
+        const long n = strtol(text, &end, 10);
+        if (end == text || n < 1 || n > size - sum || (*end && *end != ',')) break;
+        if (rank >= sum && rank < sum + n) host = i;
+        sum += (int)n;
+        text = end;
+        if (!*end && sum == size) return host;
+        if (!*end) break;
+    }
+    sel_fail(SEL_EUSER, "SELECTRA_HOSTS: %s: expected the ranks of each host, %d in all, with commas",
+             getenv("SELECTRA_HOSTS"), size);
+    sel_comm_die(NULL, "start");
+}
+
+/* The ranks of this host. */
+static void split_host(MPI_Comm of, MPI_Comm *host)
+{
+    int rank, size;
+
+    CK(NULL, MPI_Comm_rank(of, &rank));
+    CK(NULL, MPI_Comm_size(of, &size));
+    const int pretended = pretended_host(rank, size);
+    if (pretended >= 0)
+        CK(NULL, MPI_Comm_split(of, pretended, rank, host));
+    else
+        CK(NULL, MPI_Comm_split_type(of, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, host));
+}
+
+/* The ranks, a host's together: hosts by their lowest rank, in a host as MPI has them.  Rank 0 stays rank 0. */
+static MPI_Comm host_by_host(void)
+{
+    MPI_Comm host, world;
     int first;
 
     CK(NULL, MPI_Comm_rank(MPI_COMM_WORLD, &first));
-    CK(NULL, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, first, MPI_INFO_NULL, &host));
+    split_host(MPI_COMM_WORLD, &host);
     CK(NULL, MPI_Bcast(&first, 1, MPI_INT, 0, host));
     CK(NULL, MPI_Comm_free(&host));
-    CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &c->world));
+    CK(NULL, MPI_Comm_split(MPI_COMM_WORLD, 0, first, &world));
+    return world;
+}
+
+/* Who is where, in a world in which a host's ranks are neighbours; `host`: the ranks of this host in it. */
+static void know_places(sel_comm *c, MPI_Comm world, MPI_Comm host)
+{
+    c->world = world;
+    c->host = host;
     CK(NULL, MPI_Comm_set_errhandler(c->world, MPI_ERRORS_RETURN));
     CK(NULL, MPI_Comm_rank(c->world, &c->rank));
     CK(NULL, MPI_Comm_size(c->world, &c->size));
 
-    CK(c, MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->rank, MPI_INFO_NULL, &c->host));
     CK(c, MPI_Comm_set_errhandler(c->host, MPI_ERRORS_RETURN));
     CK(c, MPI_Comm_rank(c->host, &c->host_rank));
     CK(c, MPI_Comm_size(c->host, &c->host_size));
@@ -135,13 +180,37 @@ sel_status sel_comm_open(sel_comm **out, int *argc, char ***argv)
         sel_fail(SEL_ENOMEM, "out of memory");
         sel_comm_die(NULL, "sel_comm_open");
     }
-    make_world(c);
+    const MPI_Comm world = host_by_host();
+    MPI_Comm host;
+    split_host(world, &host);
+    know_places(c, world, host);
+    c->is_world = true;
     c->all = sel_alloc((size_t)c->size * FOLD_BLOCK * sizeof *c->all, "the communicator");
     if (!c->all) sel_comm_die(c, "sel_comm_open");
     know_neighbours(c);
 
     *out = c;
     return SEL_OK;
+}
+
+void sel_comm_split(sel_comm **out, sel_comm *c, int part)
+{
+    sel_comm *s = calloc(1, sizeof *s);
+    MPI_Comm world, host;
+
+    meet(c, __func__, 0);
+    if (!s) {
+        sel_fail(SEL_ENOMEM, "out of memory");
+        sel_comm_die(c, __func__);
+    }
+    CK(c, MPI_Comm_split(c->world, part, c->rank, &world));
+    CK(c, MPI_Comm_split(c->host, part, c->rank, &host));
+    know_places(s, world, host);
+    s->all = sel_alloc((size_t)s->size * FOLD_BLOCK * sizeof *s->all, "the communicator");
+    if (!s->all) sel_comm_die(c, __func__);
+    know_neighbours(s);
+    *out = s;
+    sel_pulse_leave();
 }
 
 void sel_comm_close(sel_comm **c)
@@ -153,7 +222,7 @@ void sel_comm_close(sel_comm **c)
     if (!over) {
         CK(*c, MPI_Comm_free(&(*c)->host));
         CK(*c, MPI_Comm_free(&(*c)->world));
-        CK(*c, MPI_Finalize());
+        if ((*c)->is_world) CK(*c, MPI_Finalize());
     }
     sel_free((*c)->all);
     free((*c)->pids);
@@ -184,6 +253,11 @@ int sel_comm_host_size(const sel_comm *c)
 int sel_comm_hosts(const sel_comm *c)
 {
     return c->hosts;
+}
+
+int sel_comm_host_least(const sel_comm *c)
+{
+    return c->host_least;
 }
 
 int sel_comm_host_index(const sel_comm *c)
@@ -288,58 +362,114 @@ void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root)
     sel_pulse_leave();
 }
 
-static double add(double a, double b)
-{
-    return a + b;
-}
-
 /* The larger one, NaN as soon as one is: MPI_MAX leaves open what becomes of NaN. */
 static double larger(double a, double b)
 {
     return a != a || a > b ? a : b;
 }
 
-/* x[i] = op(... op(op(x of rank 0, x of rank 1), x of rank 2) ...).  Every rank folds the same numbers in the same
-   order, so that the result has the same bits on all ranks, whatever algorithm the MPI library picks. */
-static void fold(sel_comm *c, double *x, int n, double (*op)(double, double))
+static double max_of(const double *x, int n, int stride)
+{
+    double most = x[0];
+    for (int r = 1; r < n; r++) most = larger(most, x[(int64_t)r * stride]);
+    return most;
+}
+
+/* x[i] = op over the ranks' x[i].  Every rank folds the same numbers in the same order, so that the result has the same
+   bits on all ranks, whatever algorithm the MPI library picks. */
+static void fold(sel_comm *c, double *x, int n, double (*op)(const double *x, int n, int stride))
 {
     for (int at = 0; at < n; at += FOLD_BLOCK) {
         const int m = n - at < FOLD_BLOCK ? n - at : FOLD_BLOCK;
         CK(c, MPI_Allgather(x + at, m, MPI_DOUBLE, c->all, m, MPI_DOUBLE, c->world));
-        for (int i = 0; i < m; i++) {
-            double acc = c->all[i];
-            for (int r = 1; r < c->size; r++) acc = op(acc, c->all[(size_t)r * (size_t)m + (size_t)i]);
-            x[at + i] = acc;
-        }
+        for (int i = 0; i < m; i++) x[at + i] = op(c->all + i, c->size, m);
     }
 }
 
 void sel_comm_sum_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
-    fold(c, x, n, add);
+    fold(c, x, n, sel_tree_sum_doubles);
     sel_pulse_leave();
 }
 
 void sel_comm_max_doubles(sel_comm *c, double *x, int n)
 {
     meet(c, __func__, (uint64_t)n);
-    fold(c, x, n, larger);
+    fold(c, x, n, max_of);
+    sel_pulse_leave();
+}
+
+void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n)
+{
+    const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(double));
+
+    meet(c, __func__, (uint64_t)n);
+    for (int64_t at = 0; at < n; at += chunk)
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_DOUBLE, MPI_SUM,
+                            c->world));
     sel_pulse_leave();
 }
 
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n)
 {
-    const int64_t chunk = (int64_t)(CHUNK_BYTES / sizeof(float));
+    const int64_t chunk = INT32_MAX / 2;
 
     meet(c, __func__, (uint64_t)n);
-    if (c->size == 1) n = 0;
-    /* Which algorithm MPI takes, and thus the order of additions, follows from the count and the ranks alone;
-       chunks are cut at fixed places.  So the same ranks give the same bits, run after run. */
-    for (int64_t at = 0; at < n; at += chunk) {
-        const int64_t m = n - at < chunk ? n - at : chunk;
-        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)m, MPI_FLOAT, MPI_SUM, c->world));
+    for (int64_t at = 0; at < n; at += chunk)
+        CK(c, MPI_Allreduce(MPI_IN_PLACE, x + at, (int)(n - at < chunk ? n - at : chunk), MPI_FLOAT, MPI_SUM,
+                            c->world));
+    sel_pulse_leave();
+}
+
+void sel_comm_scatter_floats(sel_comm *c, const float *x, float *out, int64_t n)
+{
+    meet(c, __func__, (uint64_t)n);
+    SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
+    CK(c, MPI_Reduce_scatter_block(x, out, (int)(n / c->size), MPI_FLOAT, MPI_SUM, c->world));
+    sel_pulse_leave();
+}
+
+void sel_comm_gather_floats(sel_comm *c, const float *in, float *out, int64_t n)
+{
+    const int each = (int)(n / c->size);
+
+    meet(c, __func__, (uint64_t)n);
+    SEL_ASSERT(n % c->size == 0 && n <= INT32_MAX);
+    CK(c, MPI_Allgather(in, each, MPI_FLOAT, out, each, MPI_FLOAT, c->world));
+    sel_pulse_leave();
+}
+
+void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,
+                          int64_t *first, int64_t *last)
+{
+    const size_t size = (size_t)c->size;
+    const int64_t range[2] = {begin, end};
+    int64_t *const ranges = calloc(size, sizeof range);
+    int *const counts = calloc(2 * size, sizeof *counts), *const at = counts ? counts + size : NULL;
+
+    meet(c, __func__, (uint64_t)most);
+    if (!ranges || !counts) {
+        sel_fail(SEL_ENOMEM, "out of memory for the ranges of %d ranks", c->size);
+        sel_comm_die(c, __func__);
     }
+    CK(c, MPI_Allgather(range, 2, MPI_INT64_T, ranges, 2, MPI_INT64_T, c->world));
+    *first = INT64_MAX;
+    *last = 0;
+    for (size_t r = 0; r < size; r++) {
+        if (ranges[2 * r] == ranges[2 * r + 1]) continue;
+        if (ranges[2 * r] < *first) *first = ranges[2 * r];
+        if (ranges[2 * r + 1] > *last) *last = ranges[2 * r + 1];
+    }
+    if (*first > *last) *first = *last;
+    SEL_ASSERT(*last - *first <= most && most <= INT32_MAX);
+    for (size_t r = 0; r < size; r++) {
+        counts[r] = (int)(ranges[2 * r + 1] - ranges[2 * r]);
+        at[r] = counts[r] ? (int)(ranges[2 * r] - *first) : 0;
+    }
+    CK(c, MPI_Allgatherv(mine, (int)(end - begin), MPI_FLOAT, all, counts, at, MPI_FLOAT, c->world));
+    free(ranges);
+    free(counts);
     sel_pulse_leave();
 }
 

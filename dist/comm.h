@@ -19,14 +19,19 @@ typedef struct sel_comm sel_comm;
    Started without mpirun it is one rank.  *c is owned by the caller. */
 sel_status sel_comm_open(sel_comm **c, int *argc, char ***argv);
 
-/* [collective] Ends MPI; sets *c to NULL.  NULL is fine. */
+/* [collective] Ends MPI, where *c is the world; sets *c to NULL.  NULL is fine. */
 void sel_comm_close(sel_comm **c);
+
+/* [collective] A world of those ranks of c that bring the same part >= 0, in the order of c; *out is owned by the
+   caller, and closed before c. */
+void sel_comm_split(sel_comm **out, sel_comm *c, int part);
 
 int sel_comm_rank(const sel_comm *c);
 int sel_comm_size(const sel_comm *c);
 int sel_comm_host_rank(const sel_comm *c);   /* among the ranks of this host */
 int sel_comm_host_size(const sel_comm *c);
 int sel_comm_hosts(const sel_comm *c);       /* hosts in the job */
+int sel_comm_host_least(const sel_comm *c);  /* ranks of the host that has fewest */
 int sel_comm_host_index(const sel_comm *c);  /* of this rank's host, 0 .. hosts - 1 */
 
 /* Name and version of the MPI library, one line. */
@@ -49,12 +54,23 @@ _Noreturn void sel_comm_abort(int status);
 /* [collective] */
 void sel_comm_barrier(sel_comm *c);
 void sel_comm_bcast(sel_comm *c, void *data, size_t bytes, int root);
-/* In place, element by element in the order of the ranks: the same bits on all ranks, NaN where any rank has NaN. */
+/* In place, element by element in the tree over the ranks (tree.h): the same bits on all ranks, NaN where any rank has
+   NaN. */
 void sel_comm_sum_doubles(sel_comm *c, double *x, int n);
 void sel_comm_max_doubles(sel_comm *c, double *x, int n);
+/* In place: each number is brought by one rank, the others bring 0. */
+void sel_comm_merge_doubles(sel_comm *c, double *x, int64_t n);
 
-/* In place, float32; the same bits run after run at the same number of ranks. */
+/* MPI's own collectives on float32, which the benchmark compares with: the sum, in place; the sum of each rank's share
+   (n a multiple of the ranks) into out [n / size]; the ranks' shares in [n / size] into out [n]. */
 void sel_comm_sum_floats(sel_comm *c, float *x, int64_t n);
+void sel_comm_scatter_floats(sel_comm *c, const float *x, float *out, int64_t n);
+void sel_comm_gather_floats(sel_comm *c, const float *in, float *out, int64_t n);
+
+/* Every rank brings floats [begin, end) of one array; together they are the stretch [*first, *last) of it without gaps
+   or overlaps, which all ranks get in `all`, room for `most`.  Empty ones are fine. */
+void sel_comm_join_floats(sel_comm *c, const float *mine, int64_t begin, int64_t end, float *all, int64_t most,
+                          int64_t *first, int64_t *last);
 
 /* `all` is [size][bytes] at root, not touched (may be NULL) elsewhere. */
 void sel_comm_gather(sel_comm *c, const void *mine, size_t bytes, void *all, int root);

@@ -16,6 +16,7 @@ struct sel_comm {
     int host_rank, host_size, hosts;
     int host_index;    /* of this host, hosts being in the order of their ranks */
     int host_least;    /* ranks of the host that has fewest */
+    bool is_world;     /* MPI ends with it */
     bool crowded;      /* this host has fewer cores for its ranks than ranks: who waits must not spin */
     pid_t *pids;       /* [host_size], owned; NULL where they mean nothing to each other (containers) */
     double *all;       /* [size][a block], owned: what the ranks bring to a fold */

@@ -168,14 +168,18 @@ static bool is_dead(pid_t pid)
     return name_end && (name_end[2] == 'Z' || name_end[2] == 'X');
 }
 
-static void look_for_dead(sel_comm *c)
+static void look_for_dead(sel_comm *c, sel_host_waiter *w)
 {
+    enum { PATIENCE = 3 };   /* looks, a second apart */
+
     for (int r = 0; c->pids && r < c->host_size; r++) {
         if (!is_dead(c->pids[r])) continue;
+        if (++w->dead < PATIENCE) return;
         sel_fail(SEL_ECOMM, "rank %d (process %ld on this host) has died", c->rank - c->host_rank + r,
                  (long)c->pids[r]);
         sel_comm_die(c, "waiting for the ranks of this host");
     }
+    w->dead = 0;
 }
 
 void sel_host_pause(sel_comm *c, sel_host_waiter *w, sel_host_count *count, uint32_t value, int busy)
@@ -206,8 +210,8 @@ void sel_host_pause(sel_comm *c, sel_host_waiter *w, sel_host_count *count, uint
 
     const double now = sel_now();
     if (w->looked == 0.0) w->looked = now;
-    if (now - w->looked >= 0.5) {
-        look_for_dead(c);
+    if (now - w->looked >= 1.0) {
+        look_for_dead(c, w);
         w->looked = now;
     }
 }

@@ -26,7 +26,7 @@ void sel_host_window_free(sel_host_window **w);
 /* The part of that rank of this host. */
 void *sel_host_window_part(const sel_host_window *w, int host_rank);
 
-/* [collective, ranks of the host] Returns when all ranks of the host have called it; what they stored before is seen. */
+/* [collective, ranks of the host] Returns when all of them have called it; what they stored before is seen. */
 void sel_host_barrier(sel_comm *c);
 
 /* A number in a window that one rank raises and others of its host wait for.  Wraps around. */
@@ -46,13 +46,14 @@ static inline int sel_host_reached(const sel_host_count *count, uint32_t value)
 
 /* A wait in progress: rounds of sel_host_pause() until what is waited for has come.  Zero to start. */
 typedef struct {
-    int rounds;
-    double began, looked;   /* seconds of the clock */
+    int rounds, dead;       /* dead: looks in a row that found a dead rank */
+    double looked;          /* seconds of the clock */
 } sel_host_waiter;
 
 /* One round, which gets longer from a processor's pause to a sleep of milliseconds; a post to `count`, where not NULL,
    ends the sleep.  `busy`: something else (MPI) needs looking after too, so sleeps stay short.  A rank of this host that
-   has died while others wait for it ends the job, with a line that names it. */
+   has died while others wait for it ends the job after some seconds, in which the launcher may do so first, with a line
+   that names it. */
 void sel_host_pause(sel_comm *c, sel_host_waiter *w, sel_host_count *count, uint32_t value, int busy);
 
 #endif

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +27,7 @@
 #include "dist/host.h"
 
 enum { NAME = 64, FRAMES = 48 };
-#define SILENCE_SECONDS 15.0 /* a network that heals itself, a machine that swaps: shorter; a job waits in vain: longer */
+#define SILENCE_SECONDS 15.0 /* networks that heal and machines that swap take less */
 #define ROUND_SECONDS 0.25
 #define LAUNCHER_SECONDS 5.0 /* for the launcher to end a job that has lost a rank */
 #define STACK_SIGNAL (SIGRTMIN + 7)
@@ -193,33 +194,35 @@ static _Noreturn void follow(sel_watchdog *w)
     _exit(SEL_WATCHDOG_STATUS);
 }
 
-static bool is_open_mpi(pid_t pid)
+/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 4 s from now: in a process and session of its
+   own, since the daemon may end this one first.  Other launchers (slurmstepd) are left alone. */
+static void doom_launcher(const sel_watchdog *w)
 {
-    static const char *const names[] = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted"};
-    char path[64], name[32] = "";
+    char pid[24], script[] = "sleep 4; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
+    char *const words[] = {(char[]){"sh"}, (char[]){"-c"}, script, pid, NULL};
+    posix_spawnattr_t attributes;
+    sigset_t none;
+    pid_t child;
 
-    snprintf(path, sizeof path, "/proc/%ld/comm", (long)pid);
-    FILE *f = fopen(path, "r");
-    if (!f) return false;
-    if (!fgets(name, sizeof name, f)) name[0] = '\0';
-    fclose(f);
-    name[strcspn(name, "\n")] = '\0';
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) return true;
-    return false;
+    snprintf(pid, sizeof pid, "%ld", (long)w->launcher);
+    sigemptyset(&none);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    if (posix_spawn(&child, "/bin/sh", NULL, &attributes, words, environ) != 0) kill(w->launcher, SIGKILL);
+    posix_spawnattr_destroy(&attributes);
 }
 
-/* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not: an abort would make
-   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more; so this host's is
-   killed, and whatever hangs on it ends. */
+/* A host is lost.  The launcher, if TCP's keepalive has told it, ends the job in good order.  If not, an abort may make
+   Open MPI's daemons send to the lost one and wait for its answer, a quarter of an hour and more: then they are
+   killed. */
 static _Noreturn void end_alone(sel_watchdog *w)
 {
     say(w, "the job ends; its last checkpoint remains");
     nap(LAUNCHER_SECONDS);
-    if (!is_open_mpi(w->launcher)) sel_comm_abort(SEL_WATCHDOG_STATUS);
-    say(w, "the launcher has not ended the job: ending it here");
-    kill(w->launcher, SIGKILL);
-    _exit(SEL_WATCHDOG_STATUS);
+    say(w, "the launcher has not ended the job: ending it here, with status %d", SEL_WATCHDOG_STATUS);
+    doom_launcher(w);
+    sel_comm_abort(SEL_WATCHDOG_STATUS);
 }
 
 /* ---- watching */
@@ -230,8 +233,8 @@ static void grow(growth *g, uint64_t now, double seconds)
     g->seen = now;
 }
 
-/* Whether a is further behind than b: in the order of collectives; before one rather than in it, since who is in it waits;
-   then who stopped first. */
+/* Whether a is further behind than b: in the order of collectives; before one rather than in it, since who is in it
+   waits; then who stopped first. */
 static bool is_behind(const sel_beacon_news *a, const sel_beacon_news *b)
 {
     if (a->pulse.position != b->pulse.position) return a->pulse.position < b->pulse.position;
@@ -294,7 +297,8 @@ static void check_processes(sel_watchdog *w, double seconds)
         char where[160];
         sel_pulse_read(&p->pulse, &view);
         describe(where, &view);
-        say(w, "rank %d (process %ld) has died: it was %s", w->c->rank - w->c->host_rank + r, (long)w->c->pids[r], where);
+        say(w, "rank %d (process %ld) has died: it was %s", w->c->rank - w->c->host_rank + r, (long)w->c->pids[r],
+            where);
     }
     w->dead += seconds;
     if (w->dead > LAUNCHER_SECONDS && claim(w)) {
@@ -366,7 +370,7 @@ static void check_hosts(sel_watchdog *w)
         remote *o = &w->remotes[h];
         if (o->silent < w->silence) continue;
         if (o->heard && o->news.rank >= 0 && claim(w)) {
-            say(w, "host %s (%s) has not been heard for %.0f s: it is down, or %s is cut off from it",
+            say(w, "host %s (%s) has not been heard for %.0f s: it is down or stopped, or %s is cut off from it",
                 w->hosts[h].name, host_ranks(ranks, &w->hosts[h]), o->silent, w->hosts[w->c->host_index].name);
             end_alone(w);
         }

@@ -1,4 +1,4 @@
-/* cmd_bench.c: `selectra bench gemm|attention|ops|step`: the kernels beside the machine's peak. */
+/* cmd_bench.c: `selectra bench gemm|attention|ops|step|mesh`: the kernels beside the machine's peak. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -168,6 +168,7 @@ static sel_status run(const char *what, const request *r, const numbers *threads
 
 int sel_cmd_bench(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], "mesh") == 0) return sel_cmd_bench_mesh(argc - 1, argv + 1);
     char all[16];
     snprintf(all, sizeof all, "%d", sel_cpu_threads());
     request r = { .threads = all, .contexts = NULL, .backend = "onednn", .dtypes = "float32", .heads = 12,
@@ -186,7 +187,7 @@ int sel_cmd_bench(int argc, char **argv)
         {"json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object"},
     };
     const sel_command command = {
-        "selectra bench", "gemm|attention|ops|step [CONFIG] [OPTIONS]",
+        "selectra bench", "gemm|attention|ops|step [CONFIG]|mesh [OPTIONS]",
         "Each round measures the matrix product that stands for the peak and every case once, so a\n"
         "shared machine's drift touches both.  `step` takes a configuration; default d = 12.",
         options, sizeof options / sizeof options[0]};
@@ -200,7 +201,7 @@ int sel_cmd_bench(int argc, char **argv)
     for (size_t i = 0; n > 0 && i < sizeof names / sizeof names[0]; i++)
         if (strcmp(argv[1], names[i]) == 0) what = names[i];
     if (!what)
-        return sel_options_mistake(&command, "expected gemm, attention, ops or step%s%s", n ? ", got " : "",
+        return sel_options_mistake(&command, "expected gemm, attention, ops, step or mesh%s%s", n ? ", got " : "",
                                    n ? argv[1] : "");
     if (n > (strcmp(what, "step") == 0 ? 2 : 1))
         return sel_options_mistake(&command, "%s: one argument too many", argv[n]);

@@ -6,8 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include "core/base/file.h"
+#include "core/base/pulse.h"
 #include "core/infer/loaded.h"
 #include "core/infer/score.h"
+#include "dist/watchdog.h"
 #include "launcher/launcher.h"
 #include "launcher/options.h"
 
@@ -17,7 +19,7 @@ enum { BATCH_TOKENS = 4096 };
 typedef struct {
     const char *data, *text, *logprobs;
     bool json;
-    int64_t threads;
+    int64_t threads, watchdog;
 } request;
 
 typedef struct {
@@ -160,12 +162,13 @@ static void print(const request *r, const outcome *o)
 
 int sel_cmd_eval(int argc, char **argv)
 {
-    request r = { 0 };
+    request r = { .watchdog = 300 };
     const sel_option options[] = {
         { "data", SEL_OPT_TEXT, &r.data, 0, "PACKED", "a packed corpus; default: the model's data.validation" },
         { "text", SEL_OPT_TEXT, &r.text, 0, "FILE", "one UTF-8 document" },
         { "logprobs", SEL_OPT_TEXT, &r.logprobs, 0, "OUT.jsonl", "ids and log-probabilities, a line a window" },
         { "threads", SEL_OPT_INTEGER, &r.threads, 0, "T", "threads a rank; 0: all it may use" },
+        { "watchdog", SEL_OPT_INTEGER, &r.watchdog, 0, "SECONDS", "without progress, after which it ends; 0: never" },
         { "json", SEL_OPT_FLAG, &r.json, 0, NULL, "one JSON object" },
     };
     const sel_command command = {
@@ -187,11 +190,15 @@ int sel_cmd_eval(int argc, char **argv)
         return SEL_EXIT_FAILURE;
     }
     const bool first = sel_comm_rank(c) == 0;
+    sel_watchdog *watchdog = NULL;
+    sel_pulse_phase("evaluation", 0);
+    rc = sel_watchdog_open(&watchdog, c, (double)r.watchdog);
     if (r.logprobs && sel_comm_size(c) > 1)
         rc = sel_fail(SEL_EUSER, "--logprobs: needs one rank (the lines are in stream order)");
     if (rc == SEL_OK) rc = evaluate(&r, argv[1], c, &o);
     if (first && rc == SEL_OK) print(&r, &o);
     if (first && rc != SEL_OK) fprintf(stderr, "selectra eval: %s\n", sel_error());
+    sel_watchdog_close(&watchdog);
     sel_comm_close(&c);
     return sel_exit_status(rc);
 }

@@ -1,7 +1,7 @@
 /* cmd_launch.c: `selectra launch COMMAND...`: starts a job (mpirun, srun) and starts it again when it fails.
  *
- * A rank that is lost takes mpirun or srun with it, so whoever started that must start it anew; `train` then goes on from
- * its newest intact checkpoint.  This process does nothing else: it holds no state, and a job outlives it.
+ * A rank that is lost takes mpirun or srun with it, so whoever started that must start it anew; `train` then goes on
+ * from its newest intact checkpoint.  This process does nothing else: it holds no state, and a job outlives it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -34,8 +34,8 @@ typedef struct {
     int requested;               /* so many requests to end have come */
 } launch;
 
-/* mpirun sees by TCP's keepalive alone that a host is gone, after 8 minutes if nobody tells it otherwise.  Here after 16
-   to 18 s, a little later than the watchdog, which says more.  A user's own settings stay. */
+/* mpirun sees by TCP's keepalive alone that a host is gone, after 8 minutes if nobody tells it otherwise.  Here after
+   16 to 18 s, a little later than the watchdog, which says more.  A user's own settings stay. */
 static void set_keepalive(void)
 {
     setenv("OMPI_MCA_oob_tcp_keepalive_time", "2", 0);
@@ -170,9 +170,9 @@ int sel_cmd_launch(int argc, char **argv)
         { "restarts", SEL_OPT_INTEGER, &l.restarts, 0, "N", "how often at most; default: run.restarts of CONFIG" },
     };
     const sel_command c = { "selectra launch", "[--restarts N --] mpirun ... selectra train CONFIG [key=value ...]",
-                            "Starts a job, and starts it again when it fails (any status but 0, 2 and 85): `train` goes on "
-                            "from its\nnewest intact checkpoint.  TERM, INT, HUP, USR1, USR2 or XCPU: the job saves and "
-                            "ends with status 85; a second\nsignal ends it at once.", options, 1 };
+                            "Starts a job, and starts it again when it fails (any status but 0, 2 and 85): `train` goes\n"
+                            "on from its newest intact checkpoint.  TERM, INT, HUP, USR1, USR2 or XCPU: the job saves\n"
+                            "and ends with status 85; a second signal ends it at once.", options, 1 };
     int options_end = 1, n;
     bool found;
 
@@ -197,7 +197,8 @@ int sel_cmd_launch(int argc, char **argv)
     sigaddset(&l.awaited, SIGCHLD);
     for (int i = 0; i < REQUESTS; i++) sigaddset(&l.awaited, requests[i]);
     struct sigaction hangup;
-    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler == SIG_IGN) sigdelset(&l.awaited, SIGHUP);   /* nohup */
+    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler == SIG_IGN)
+        sigdelset(&l.awaited, SIGHUP);   /* nohup */
     sigprocmask(SIG_BLOCK, &l.awaited, NULL);
     return run(&l);
 }

@@ -56,6 +56,7 @@ static void show_start(void *ctx, const sel_train_start *s)
     printf("selectra %s: %d rank%s on %d host%s, %d thread%s each; %s (%s), %s in %s, %s\n", SEL_VERSION, s->ranks,
            s->ranks == 1 ? "" : "s", s->hosts, s->hosts == 1 ? "" : "s", s->threads, s->threads == 1 ? "" : "s", s->cpu,
            s->level, s->linear, s->precision, s->mpi);
+    printf("%s\n", s->binding);
     printf("%s parameters, %.0f MiB a rank; %s training tokens in %" PRId64 " windows; %" PRId64
            " sequences a rank in micro-batches of %" PRId64 "; matrix-product peak %.0f GFLOP/s a rank\n",
            params, (double)s->memory_bytes / 1048576.0, tokens, s->windows, s->local_batch, s->micro_batch,

@@ -20,6 +20,7 @@ int sel_cmd_inspect(int argc, char **argv);
 int sel_cmd_tokenizer(int argc, char **argv);
 int sel_cmd_data(int argc, char **argv);
 int sel_cmd_bench(int argc, char **argv);
+int sel_cmd_bench_mesh(int argc, char **argv);   /* argv[0]: "mesh" */
 int sel_cmd_version(int argc, char **argv);
 
 #endif

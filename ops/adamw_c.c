@@ -79,7 +79,7 @@ static void adamw(float *w, float *m, float *v, const float *g, int64_t n, doubl
     }
 }
 
-enum { SQUARES_BLOCK = 65536, SQUARES_LANES = 16 };
+enum { SQUARES_BLOCK = 4096, SQUARES_LANES = 16 };
 
 /* In double the square of a float32 is exact, and the lanes are 16 at every level: all levels agree to the bit. */
 static double block_squares(const float *x, int64_t n)

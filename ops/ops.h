@@ -78,7 +78,7 @@ typedef struct sel_ops {
     void (*adamw)(float *w, float *m, float *v, const float *g, int64_t n, double g_scale, double lr, double beta1,
                   double beta2, double eps, double decay, double correction1, double correction2, int threads);
 
-    /* Sum of squares in double over fixed blocks of 65,536 values, blocks added in order: the
+    /* Sum of squares in double over fixed blocks of 4,096 values, blocks added in order: the
        same for any thread count. */
     double (*sum_squares)(const float *x, int64_t n, int threads);
 

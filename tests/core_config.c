@@ -274,8 +274,6 @@ static void test_values(void)
         {"attention.kind=local", "one of selective, standard"},
         {"attention.kind=local_global", "one of selective, standard"},
         {"checkpoint.async=true", "false"},
-        {"dist.zero=1", "the integer 0"},
-        {"dist.virtual_ranks=8", "the integer 0"},
         {"dist.mesh.sequence=2", "the integer 1"},
         {"compute.linear_backend=auto", "one of onednn, openblas"},
     };

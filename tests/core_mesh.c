@@ -1,6 +1,7 @@
 /* core_mesh.c: the arithmetic of the mesh, for any number of ranks in one process. */
 #include <string.h>
 
+#include "dist/buckets.h"
 #include "dist/mesh.h"
 #include "tests/check.h"
 
@@ -78,8 +79,50 @@ static void test_share(void)
     }
 }
 
+/* Buckets go from the end to the beginning, parts and pieces of each go up in it; all meet, and cut between blocks. */
+static void test_buckets(void)
+{
+    static const int64_t lengths[] = {0, 1, 4095, 4096, 4097, 100000, 3000001, ((int64_t)1 << 31) + 77};
+    static const int64_t sizes[] = {0, 1, 8192, 1 << 20};
+
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+            for (int parts = 1; parts <= 5; parts += 2)
+                for (int pieces = 1; pieces <= 4; pieces++) {
+                    const int64_t n = lengths[i];
+                    sel_buckets b;
+                    int64_t below = n;
+                    if (n > 1 << 30 && sizes[s] && sizes[s] < 1 << 20) continue;   /* very many */
+                    sel_buckets_cut(&b, n, parts, pieces, sizes[s]);
+                    for (int k = 0; k < b.buckets; k++) {
+                        int64_t begin, end, part_begin, part_end, at, stop, next;
+                        sel_buckets_bucket(&b, k, &begin, &end);
+                        CHECK(end == below && begin < end && begin % SEL_BLOCK == 0, "bucket %d of %lld: %lld to %lld", k,
+                              (long long)n, (long long)begin, (long long)end);
+                        below = next = begin;
+                        for (int p = 0; p < parts; p++) {
+                            sel_buckets_part(&b, k, p, &part_begin, &part_end);
+                            int64_t met = part_begin;
+                            for (int q = 0; q < pieces; q++) {
+                                sel_buckets_piece(&b, k, p, q, &at, &stop);
+                                if (at != met || stop < at || (at % SEL_BLOCK && at != n))
+                                    CHECK(0, "piece %d of part %d: %lld to %lld", q, p, (long long)at, (long long)stop);
+                                met = stop;
+                            }
+                            if (part_begin != next || met != part_end)
+                                CHECK(0, "part %d of bucket %d: %lld to %lld", p, k, (long long)part_begin,
+                                      (long long)part_end);
+                            next = part_end;
+                        }
+                        CHECK(next == end, "parts of bucket %d end at %lld", k, (long long)next);
+                    }
+                    CHECK(below == 0, "buckets of %lld end at %lld", (long long)n, (long long)below);
+                }
+}
+
 int main(void)
 {
+    test_buckets();
     test_init();
     test_samples();
     test_share();

@@ -177,7 +177,7 @@ same_state() {
 }
 
 # untimed RUN: its metrics without what depends on the clock.
-untimed() { sed -E 's/,"(tokens_per_second|mfu|seconds)":[^,}]*//g' "$1/metrics.jsonl"; }
+untimed() { sed -E 's/,"(tokens_per_second|mfu|seconds|wire_wait_seconds|wire_hidden)":[^,}]*//g' "$1/metrics.jsonl"; }
 
 # same_metrics RUN RUN
 same_metrics() {

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/hosts.sh"
 hosts_up
 prepare
-export OMPI_MCA_oob_tcp_keepalive_time=1 OMPI_MCA_oob_tcp_keepalive_intvl=1 OMPI_MCA_oob_tcp_keepalive_probes=4
+export OMPI_MCA_oob_tcp_keepalive_time=1 OMPI_MCA_oob_tcp_keepalive_intvl=1 OMPI_MCA_oob_tcp_keepalive_probes=5
 
 # lose HOW STATUS
 lose() {
@@ -34,4 +34,22 @@ check "the run goes on" grep -q 'resuming from step' out
 unset OMPI_MCA_oob_tcp_keepalive_time OMPI_MCA_oob_tcp_keepalive_intvl OMPI_MCA_oob_tcp_keepalive_probes
 starter=(mpirun)
 lose blackhole 137
+
+# A rank of the other host hangs, or is stopped: host 0 ends the job, the stack comes from the other one.
+for fault in 1:forward:30:sleep 1:reduce:30:stop; do
+    run=stuck-${fault//:/-}
+    train $run dist.watchdog_seconds=2
+    SELECTRA_FAULT=$fault start_hosts -x SELECTRA_FAULT "${arguments[@]}"
+    wait_step $run 29
+    begun=$EPOCHREALTIME
+    ended 75 20
+    echo "$fault on the other host: the job ended after $(seconds_since $begun) s"
+    case $fault in
+    *sleep)
+        said "rank 0.* watchdog: rank 1 on host $other has made no progress for [0-9]+ s: in forward of step 30"
+        check "the stack is there" grep -q '^\[rank 1\]  .*nanosleep' err.1 ;;
+    *stop) said "rank 0.* watchdog: host $other \(rank 1\) has not been heard for [0-9]+ s" ;;
+    esac
+    check "nobody is left on the host" test -z "$(hosts_left)"
+done
 verdict

@@ -49,14 +49,16 @@ cut() { ip -n $lan link set p2 down; }
 blackhole() { ip -n $lan link set p2 nomaster; }
 heal() { ip -n $lan link set p2 up; ip -n $lan link set p2 master br0; }
 
-# start_hosts ARGS...: the program with a rank on each host, started on the first one by the words in `starter`; each
-# rank's stderr goes to err.RANK too.
+# start_hosts [-x VARIABLE] ARGS...: the program with a rank on each host, started on the first one by the words in `starter`; the
+# stderr of the second rank goes to the file err.1, since nothing comes through from a host that is cut off.
 start_hosts() {
-    printf '#!/bin/bash\nexec "%s" "$@" 2> >(tee "%s/err.$OMPI_COMM_WORLD_RANK" >&2)\n' "$SELECTRA" "$TEMP" >ranked
+    printf '#!/bin/bash\n[ $OMPI_COMM_WORLD_RANK = 0 ] || exec 2>"%s/err.1"\nexec "%s" "$@"\n' "$TEMP" "$SELECTRA" >ranked
     chmod +x ranked
+    local pass_on=()
+    [ "$1" != -x ] || { pass_on=(-x "$2"); shift 2; }
     on $head "${starter[@]}" --host $head,$other --map-by node --bind-to none \
         --mca plm_rsh_agent "$TEMP/agent" --mca plm_rsh_no_tree_spawn 1 --mca orte_keep_fqdn_hostnames 1 \
         --mca oob_tcp_if_include eth0 --mca pml ob1 --mca btl tcp,self --mca btl_tcp_if_include eth0 \
-        --mca mpi_yield_when_idle 1 -wdir "$TEMP" "$TEMP/ranked" "$@" >out 2>err &
+        --mca mpi_yield_when_idle 1 "${pass_on[@]}" -wdir "$TEMP" "$TEMP/ranked" "$@" >out 2>err &
     job=$!
 }

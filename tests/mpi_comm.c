@@ -1,13 +1,10 @@
-/* mpi_comm.c: collectives and the reducer, at 1 to 4 ranks. */
+/* mpi_comm.c: collectives, at 1 to 4 ranks. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "core/base/rng.h"
 #include "dist/comm.h"
-#include "dist/mesh.h"
-#include "dist/reduce.h"
 #include "tests/check.h"
 
 static sel_comm *comm;
@@ -124,7 +121,15 @@ static void test_gather(void)
     }
 }
 
-/* Doubles: the order of additions is by rank, so the result is that of a plain loop, to the bit, on all ranks. */
+/* The fixed tree of dist/tree.h, written another way: neighbours are added, level by level; the odd one waits. */
+static double tree(double *x, int n)
+{
+    for (; n > 1; n = (n + 1) / 2)
+        for (int i = 0; i < n; i += 2) x[i / 2] = i + 1 < n ? x[i] + x[i + 1] : x[i];
+    return x[0];
+}
+
+/* Doubles: the order of additions is that of the tree, to the bit, on all ranks. */
 static void test_doubles(void)
 {
     enum { N = 333 };
@@ -136,9 +141,10 @@ static void test_doubles(void)
     }
     sel_comm_sum_doubles(comm, x, N);
     for (int i = 0; i < N; i++) {
-        double sum = 0;
-        for (int r = 0; r < size; r++) sum += sel_rng_uniform(5, (uint64_t)r, (uint64_t)i) * exp((double)(i % 60));
-        CHECK(memcmp(&sum, &x[i], sizeof sum) == 0, "sum %d: %.17g, in rank order %.17g", i, x[i], sum);
+        double terms[8];
+        for (int r = 0; r < size; r++) terms[r] = sel_rng_uniform(5, (uint64_t)r, (uint64_t)i) * exp((double)(i % 60));
+        const double sum = tree(terms, size);
+        CHECK(memcmp(&sum, &x[i], sizeof sum) == 0, "sum %d: %.17g, by the tree %.17g", i, x[i], sum);
     }
     CHECK(sel_comm_same(comm, hash(x, sizeof x)), "sums differ between ranks");
 
@@ -161,86 +167,35 @@ static void test_doubles(void)
     sel_comm_sum_doubles(comm, x, 0);
 }
 
-/* Small dyadic numbers: any order of additions is exact. */
-static float exact(int r, int64_t i)
+static void test_merge(void)
 {
-    return (float)((i * 7 + r * 13) % 64 - 31) / 8;
+    enum { N = 1000 };
+    double x[N], y[N];
+
+    for (int i = 0; i < N; i++) {
+        y[i] = sel_rng_uniform(7, 1, (uint64_t)i) * exp((double)(i % 60));
+        x[i] = i % size == rank ? y[i] : 0;
+    }
+    sel_comm_merge_doubles(comm, x, N);
+    CHECK(memcmp(x, y, sizeof x) == 0, "merged numbers are not those that were brought");
 }
 
-static void test_sum_exact(void)
+/* MPI's own sum of small dyadic numbers, which is exact in any order, beyond one chunk. */
+static void test_sum_floats(void)
 {
-    static const int64_t lengths[] = {0, 1, 2, 15, 1000, 65537, (16 << 20) + 7};
+    const int64_t n = (16 << 20) + 7;
+    float *x = need((size_t)n * sizeof *x);
+    int64_t wrong = 0;
 
-    for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
-        const int64_t n = lengths[k];
-        float *x = need(((size_t)n + 1) * sizeof *x);
-        sel_mesh m;
-        sel_reducer *reducer;
-        double bytes, seconds;
-
-        for (int64_t i = 0; i < n; i++) x[i] = exact(rank, i);
-        x[n] = 42;
-        CHECK_OK(sel_mesh_init(&m, rank, size, 0, 1));
-        CHECK_OK(sel_reducer_new(&reducer, comm, &m, x, n));
-        sel_reducer_ready(reducer, n / 2, n);
-        sel_reducer_ready(reducer, 0, n / 2);
-        sel_reducer_finish(reducer);
-        int64_t wrong = 0;
-        for (int64_t i = 0; i < n; i++) {
-            float sum = 0;
-            for (int r = 0; r < size; r++) sum += exact(r, i);
-            wrong += memcmp(&x[i], &sum, sizeof sum) != 0;
-        }
-        CHECK(wrong == 0 && x[n] > 41, "%lld of %lld sums are wrong", (long long)wrong, (long long)n);
-
-        sel_reducer_wire(reducer, &bytes, &seconds);
-        const double least = 8.0 * (size - 1) / size * (double)n;
-        CHECK(fabs(bytes - least) <= 1e-12 * least, "bytes %g, a ring sends %g", bytes, least);
-        CHECK(seconds >= 0, "seconds %g", seconds);
-        sel_reducer_wire(reducer, &bytes, &seconds);
-        CHECK(bytes <= 0 && seconds <= 0, "a second question: %g bytes, %g s", bytes, seconds);
-        sel_reducer_free(&reducer);
-        free(x);
+    for (int64_t i = 0; i < n; i++) x[i] = (float)((i * 7 + rank * 13) % 64 - 31) / 8;
+    sel_comm_sum_floats(comm, x, n);
+    for (int64_t i = 0; i < n; i++) {
+        float sum = 0;
+        for (int r = 0; r < size; r++) sum += (float)((i * 7 + r * 13) % 64 - 31) / 8;
+        wrong += memcmp(&x[i], &sum, sizeof sum) != 0;
     }
-
-    sel_mesh wrong = {.data = size + 1, .sequence = 1};
-    sel_reducer *reducer;
-    CHECK(sel_reducer_new(&reducer, comm, &wrong, NULL, 0) == SEL_ECOMM && !reducer, "a mesh of another size");
-}
-
-/* Real numbers: the same bits on all ranks and every time, however the ranks arrive, and near the sum in double. */
-static void test_sum_real(void)
-{
-    static const int64_t lengths[] = {3, 257, 5000, 300001};
-
-    for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
-        const int64_t n = lengths[k];
-        float *x = need((size_t)n * sizeof *x);
-        uint64_t first = 0;
-
-        for (int trial = 0; trial < 4; trial++) {
-            for (int64_t i = 0; i < n; i++) x[i] = (float)(sel_rng_uniform(9, (uint64_t)rank, (uint64_t)i) - 0.5);
-            const struct timespec late = {.tv_nsec = (rank * 7 + trial * 5) % 4 * 3000000L};
-            nanosleep(&late, NULL);
-            sel_comm_sum_floats(comm, x, n);
-            const uint64_t h = hash(x, (size_t)n * sizeof *x);
-            CHECK(sel_comm_same(comm, h), "%lld floats: sums differ between ranks", (long long)n);
-            if (trial == 0) first = h;
-            CHECK(h == first, "%lld floats: trial %d differs", (long long)n, trial);
-        }
-        for (int64_t i = 0; i < n; i++) {
-            double sum = 0, absolute = 0;
-            for (int r = 0; r < size; r++) {
-                const double term = (float)(sel_rng_uniform(9, (uint64_t)r, (uint64_t)i) - 0.5);
-                sum += term;
-                absolute += fabs(term);
-            }
-            /* size - 1 additions, each rounds a partial sum of at most `absolute` */
-            const double bound = (size - 1) * 0x1p-24 * absolute;
-            if (fabs(x[i] - sum) > bound) CHECK(0, "float %lld: %.9g, should be %.9g", (long long)i, (double)x[i], sum);
-        }
-        free(x);
-    }
+    CHECK(wrong == 0, "%lld of %lld sums are wrong", (long long)wrong, (long long)n);
+    free(x);
 }
 
 int main(int argc, char **argv)
@@ -257,8 +212,8 @@ int main(int argc, char **argv)
     test_bcast();
     test_gather();
     test_doubles();
-    test_sum_exact();
-    test_sum_real();
+    test_merge();
+    test_sum_floats();
     sel_comm_barrier(comm);
 
     const int verdict = check_verdict();

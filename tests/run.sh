@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All tests, on a bare Debian 12 as well: installs what they need, builds with gcc and with clang (warnings are errors),
-# runs everything, then everything that makes sense there under the address and undefined-behaviour sanitizers, the
-# end-to-end tests with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0 means that all
-# passed.
+# All tests, on a bare Debian 12 as well: installs what they need, builds with gcc, with clang and with MPICH (warnings
+# are errors), runs everything, then everything that makes sense there under the address and undefined-behaviour
+# sanitizers, the end-to-end tests with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0
+# means that all passed.
 #
 #   ./tests/run.sh [--fast]      --fast: one build, no sanitizers
 set -u -o pipefail
@@ -53,7 +53,7 @@ fast=
 
 say "packages"
 wanted=("${selectra_packages[@]}")
-[ "$fast" ] || wanted+=(clang libomp-dev)
+[ "$fast" ] || wanted+=(clang libomp-dev mpich libmpich-dev)
 if ! need_packages "${wanted[@]}"; then
     failed=$((failed + 1))
     finish
@@ -67,6 +67,13 @@ build "gcc, Release" build-test "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DS
 
 build "clang, Release" build-test-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
     -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
+
+# Another MPI, beside Open MPI, which stays Debian's default.
+if mpich=$(command -v mpicc.mpich); then
+    build "gcc, MPICH" build-test-mpich "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
+        -DMPI_C_COMPILER="$mpich" &&
+        MPIRUN=mpiexec.mpich run_tests "ranks, MPICH" build-test-mpich -R '^mpi_(comm|host|reduce)|^e2e_(mesh|ranks)$'
+fi
 
 # MPI's leaks are known by its name in their stacks, for which stacks must be whole: slow, so only where there is MPI.
 export ASAN_OPTIONS=detect_leaks=1:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:exitcode=99

@@ -4,8 +4,8 @@
 
 #include <sys/types.h>
 
-/* The state letter of /proc/PID/stat ('R' running, 'S' and 'D' waiting, 'T' stopped, 'Z' dead, ...); '\0': there is no such
-   process (or no /proc to ask). */
+/* The state letter of /proc/PID/stat ('R' running, 'S' and 'D' waiting, 'T' stopped, 'Z' dead, ...); '\0': there is no
+   such process (or no /proc to ask). */
 char sel_process_state(pid_t pid);
 
 /* The state in words, for people: "stopped by a signal". */

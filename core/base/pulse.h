@@ -14,7 +14,7 @@
 /* All zero: nothing has been marked yet.  Fields are the writer's; others read by sel_pulse_read. */
 typedef struct {
     _Atomic uint64_t marks;      /* grows with every sign of progress */
-    _Atomic uint64_t position;   /* collectives of the whole job that were begun plus those that ended: odd within one */
+    _Atomic uint64_t position;   /* collectives of the whole job begun plus those ended: odd within one */
     _Atomic int64_t step;
     _Atomic uint64_t when;       /* of the last mark: nanoseconds of the host's monotonic clock */
     _Atomic uint64_t phase[SEL_PULSE_NAME / 8], collective[SEL_PULSE_NAME / 8];   /* text */

@@ -20,13 +20,13 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static double median(double *x, int n)
+double sel_bench_median(double *x, int n)
 {
     qsort(x, (size_t)n, sizeof *x, by_value);
     return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
-static sel_status append(sel_bench_results *out, const sel_bench_result *row)
+sel_status sel_bench_append(sel_bench_results *out, const sel_bench_result *row)
 {
     if (out->n == out->capacity) {
         const int more = out->capacity ? 2 * out->capacity : 32;
@@ -134,14 +134,14 @@ sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int
         }
     }
     if (rc == SEL_OK) {
-        const double yard = median(seconds, b->runs);
+        const double yard = sel_bench_median(seconds, b->runs);
         if (!copy) out->peak_gflops[b->dtype] = peak_flops / yard * 1e-9;
         for (int i = 0; rc == SEL_OK && i < n; i++) {
             sel_bench_result row = cases[i].row;
             row.dtype = b->dtype == SEL_BFLOAT16 && !copy ? "bfloat16" : "float32";
             row.threads = b->threads;
             row.runs = b->runs;
-            row.seconds_median = median(seconds + (i + 1) * b->runs, b->runs);
+            row.seconds_median = sel_bench_median(seconds + (i + 1) * b->runs, b->runs);
             if (cases[i].flops > 0.0) {
                 row.gflops = cases[i].flops / row.seconds_median * 1e-9;
                 row.share_of_peak = row.gflops / out->peak_gflops[b->dtype];
@@ -151,7 +151,7 @@ sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int
                 row.share_of_copy = row.gbytes_per_second / (8.0 * (double)y.n / yard * 1e-9);
             }
             if (cases[i].tokens > 0.0) row.tokens_per_second = cases[i].tokens / row.seconds_median;
-            rc = append(out, &row);
+            rc = sel_bench_append(out, &row);
         }
     }
     yardstick_close(&y);

@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include "core/base/error.h"
 #include "core/config/config.h"
+#include "dist/comm.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
 
@@ -25,6 +26,7 @@ typedef struct {
     double tokens_per_second;                   /* steps */
     double seconds_share;                       /* parts of a step: of the step's seconds; dead keys: of all keys' */
     double live_share;                          /* dead keys: pairs computed, of all */
+    int64_t bytes;                              /* between ranks: of the array that they sum or copy */
 } sel_bench_result;
 
 typedef struct {
@@ -41,6 +43,10 @@ typedef struct {
 } sel_bench;
 
 void sel_bench_free(sel_bench_results *r);
+
+/* Appends a row.  Median of n numbers, which it sorts. */
+sel_status sel_bench_append(sel_bench_results *out, const sel_bench_result *row);
+double     sel_bench_median(double *x, int n);
 
 /* The shapes of the linear layers of a model and the peak's own: 4096 x 768 x 768. */
 sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out);
@@ -61,5 +67,10 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
 /* Whole training steps of a configuration's model (random tokens, one micro-batch, one rank), selective and standard in
    turn: gradient, norm, AdamW, packing.  FLOPs: model FLOPs. */
 sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab, sel_bench_results *out);
+
+/* What the ranks can move, on an array of `bytes` bytes each: copies by all of them at once, all-reduce in the host,
+   between hosts and over both, reduce-scatter and all-gather (as dist.zero does), and MPI's own; the smallest all-reduce
+   of each ("latency"), 4 bytes.  Seconds: of the slowest rank, median of the rounds.  [collective] */
+sel_status sel_bench_mesh(sel_comm *c, int64_t bytes, int runs, int threads, sel_bench_results *out);
 
 #endif

@@ -33,6 +33,10 @@ typedef struct {
 sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *layout, const sel_checkpoint_info *info,
                                const float *params, const float *exp_avg, const float *exp_avg_sq, int64_t keep);
 
+/* What rank `rank` of `size` writes of array 0 (exp_avg) or 1 (exp_avg_sq): floats [*begin, *end) of the layout's array.
+   sel_checkpoint_save reads no others of them. */
+sel_status sel_checkpoint_share(const sel_layout *layout, int rank, int size, int array, int64_t *begin, int64_t *end);
+
 /* What a manifest says; strings and the list are owned by it. */
 typedef struct {
     char path[SEL_PATH_MAX];         /* the step folder */
@@ -54,5 +58,15 @@ sel_status sel_checkpoint_find(sel_manifest *m, const char *path, void (*warn)(v
    that is missing, extra or of another shape: SEL_EFILE naming it. */
 sel_status sel_checkpoint_load(const sel_manifest *m, const sel_layout *layout, float *params, float *exp_avg,
                                float *exp_avg_sq);
+
+/* A stretch of the layout's array. */
+typedef struct {
+    int64_t begin, end;
+} sel_stretch;
+
+/* Rank-local.  Moments of these stretches alone, one after another in exp_avg and exp_avg_sq; gaps between tensors are
+   left as they are. */
+sel_status sel_checkpoint_load_moments(const sel_manifest *m, const sel_layout *layout, const sel_stretch *stretches,
+                                       int n, float *exp_avg, float *exp_avg_sq);
 
 #endif

@@ -55,9 +55,27 @@ static sel_status match(const sel_st_index *want, sel_st_index *has, const sel_s
     return SEL_OK;
 }
 
-/* Loads FOLDER/name, which holds one tensor for every tensor of the layout and each of the n prefixes. */
+/* The stretches' floats of one tensor, from `at` in the file: stretches lie one after another in `array`. */
+static sel_status load_tensor(int fd, const sel_tensor *t, int64_t at, const sel_stretch *stretches, int n_stretches,
+                              float *array, const char *path)
+{
+    for (int i = 0; i < n_stretches; i++) {
+        const sel_stretch *s = &stretches[i];
+        const int64_t begin = s->begin > t->offset ? s->begin : t->offset;
+        const int64_t stop = t->offset + t->count, end = s->end < stop ? s->end : stop;
+
+        if (begin < end)
+            SEL_TRY(sel_pread_all(fd, array + (begin - s->begin), (size_t)(end - begin) * sizeof(float),
+                                  at + (begin - t->offset) * (int64_t)sizeof(float), path));
+        array += s->end - s->begin;
+    }
+    return SEL_OK;
+}
+
+/* Loads the stretches of FOLDER/name, which holds one tensor for every tensor of the layout and each of the n
+   prefixes. */
 static sel_status load_file(const char *folder, const char *name, const sel_layout *layout, const char *const *prefixes,
-                            int n, float *const *arrays)
+                            int n, const sel_stretch *stretches, int n_stretches, float *const *arrays)
 {
     char path[SEL_PATH_MAX];
     sel_st_index want = {0}, has = {0};
@@ -81,8 +99,8 @@ static sel_status load_file(const char *folder, const char *name, const sel_layo
         goto out;
     }
     for (int i = 0; i < want.n && rc == SEL_OK; i++) {
-        float *to = arrays[i / layout->n_tensors] + layout->tensors[i % layout->n_tensors].offset;
-        rc = sel_pread_all(fd, to, (size_t)(found[i]->end - found[i]->begin), has.header_bytes + found[i]->begin, path);
+        rc = load_tensor(fd, &layout->tensors[i % layout->n_tensors], has.header_bytes + found[i]->begin, stretches,
+                         n_stretches, arrays[i / layout->n_tensors], path);
     }
 out:
     if (fd >= 0) close(fd);
@@ -92,14 +110,23 @@ out:
     return rc;
 }
 
+sel_status sel_checkpoint_load_moments(const sel_manifest *m, const sel_layout *layout, const sel_stretch *stretches,
+                                       int n, float *exp_avg, float *exp_avg_sq)
+{
+    static const char *const optimizer[] = {"exp_avg.", "exp_avg_sq."};
+    float *const moments[] = {exp_avg, exp_avg_sq};
+
+    return load_file(m->path, SEL_STEP_OPTIMIZER, layout, optimizer, 2, stretches, n, moments);
+}
+
 sel_status sel_checkpoint_load(const sel_manifest *m, const sel_layout *layout, float *params, float *exp_avg,
                                float *exp_avg_sq)
 {
-    static const char *const model[] = {""}, *const optimizer[] = {"exp_avg.", "exp_avg_sq."};
-    float *const moments[] = {exp_avg, exp_avg_sq};
+    static const char *const model[] = {""};
+    const sel_stretch whole = {.begin = 0, .end = layout->total};
 
     SEL_ASSERT(params && !exp_avg == !exp_avg_sq);
-    SEL_TRY(load_file(m->path, SEL_STEP_MODEL, layout, model, 1, &params));
+    SEL_TRY(load_file(m->path, SEL_STEP_MODEL, layout, model, 1, &whole, 1, &params));
     if (!exp_avg) return SEL_OK;
-    return load_file(m->path, SEL_STEP_OPTIMIZER, layout, optimizer, 2, moments);
+    return sel_checkpoint_load_moments(m, layout, &whole, 1, exp_avg, exp_avg_sq);
 }

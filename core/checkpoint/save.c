@@ -52,6 +52,12 @@ static sel_status fail_errno(const char *path, const char *doing)
     return sel_fail(SEL_EIO, "%s: cannot %s: %s", path, doing, strerror(errno));
 }
 
+static void free_file(shared_file *f)
+{
+    free(f->header);
+    sel_st_free(&f->ix);
+}
+
 static sel_status plan_file(saving *s, shared_file *f, const char *name, const char *const *prefixes, int n)
 {
     SEL_TRY(sel_path_join(f->path, s->tmp, name));
@@ -149,6 +155,29 @@ static sel_status write_share(const saving *s, shared_file *f)
     return rc;
 }
 
+sel_status sel_checkpoint_share(const sel_layout *layout, int rank, int size, int array, int64_t *begin, int64_t *end)
+{
+    static const char *const optimizer[] = {"exp_avg.", "exp_avg_sq."};
+    shared_file f = {.crc32 = 0};
+    int64_t first, last;
+
+    *begin = *end = 0;
+    sel_status rc = sel_step_index(&f.ix, layout, optimizer, 2);
+    if (rc == SEL_OK) rc = sel_st_make(&f.ix, &f.header, &f.header_bytes);
+    if (rc == SEL_OK) sel_mesh_share(f.ix.data_bytes, rank, size, &first, &last);
+    for (int i = 0; rc == SEL_OK && i < layout->n_tensors; i++) {
+        const sel_st_entry *e = &f.ix.entries[array * layout->n_tensors + i];
+        const int64_t from = first > e->begin ? first : e->begin, to = last < e->end ? last : e->end;
+        const int64_t offset = layout->tensors[i].offset;
+
+        if (from >= to) continue;
+        if (*end == 0) *begin = offset + (from - e->begin) / (int64_t)sizeof(float);
+        *end = offset + (to - e->begin + (int64_t)sizeof(float) - 1) / (int64_t)sizeof(float);
+    }
+    free_file(&f);
+    return rc;
+}
+
 static sel_status write_shares(saving *s)
 {
     SEL_TRY(write_share(s, &s->model));
@@ -219,12 +248,6 @@ static sel_status give_up(const saving *s, sel_status rc)
     if (s->rank == 0 && s->tmp[0]) sel_remove_tree(s->tmp);
     sel_comm_barrier(s->comm);
     return sel_fail(rc, "%s", line);
-}
-
-static void free_file(shared_file *f)
-{
-    free(f->header);
-    sel_st_free(&f->ix);
 }
 
 sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *layout, const sel_checkpoint_info *info,

@@ -109,9 +109,14 @@ const sel_key sel_keys[] = {
      .help = "ranks of the data axis; 0 or auto: all"},
     {"dist.mesh.sequence", SEL_KEY_INT, AT(dist.mesh.sequence), .min = 1, .max = 1, .preset = "1", .later = "*",
      .help = "ranks that share a sequence"},
-    {"dist.zero", SEL_KEY_INT, NO_FIELD, .preset = "0", .later = "*", .help = "stage of sharded optimizer state"},
-    {"dist.virtual_ranks", SEL_KEY_INT, NO_FIELD, .preset = "0", .later = "*",
-     .help = "leaves of a fixed reduction tree; 0: off"},
+    {"dist.zero", SEL_KEY_INT, AT(dist.zero), .max = 1, .preset = "0",
+     .help = "1: each rank keeps and updates its share of the optimizer state (ZeRO stage 1)"},
+    {"dist.virtual_ranks", SEL_KEY_INT, AT(dist.virtual_ranks), .max = 65536, .preset = "0",
+     .help = "same bits for any power of two of ranks up to this one; 0: off"},
+    {"dist.shared_memory", SEL_KEY_BOOL, AT(dist.shared_memory), .preset = "true",
+     .help = "ranks of a host reduce in shared memory; false: by MPI"},
+    {"dist.wire", SEL_KEY_CHOICE, AT(dist.wire), .preset = "float32", .choices = "float32|bfloat16",
+     .help = "of gradients between hosts; bfloat16: half the bytes, rounds each host's term by up to 2^-9"},
     {"dist.on_nan", SEL_KEY_CHOICE, AT(dist.on_nan), .preset = "stop", .choices = "stop|skip",
      .help = "when a loss or gradient is not finite: end, or leave the batch out"},
     {"dist.nan_rollback", SEL_KEY_INT, AT(dist.nan_rollback), .min = 1, .max = 1e6, .preset = "5",
@@ -132,7 +137,8 @@ const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);
 _Static_assert(sizeof sel_keys / sizeof *sel_keys <= SEL_KEYS_MAX, "SEL_KEYS_MAX is too small");
 _Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_selection_source) == sizeof(int) &&
                    sizeof(sel_backend_name) == sizeof(int) && sizeof(sel_precision) == sizeof(int) &&
-                   sizeof(sel_on_nan) == sizeof(int) && sizeof(sel_dead_keys) == sizeof(int),
+                   sizeof(sel_on_nan) == sizeof(int) && sizeof(sel_wire_type) == sizeof(int) &&
+                   sizeof(sel_dead_keys) == sizeof(int),
                "fields of choices are read and written as int");
 
 int sel_key_find(const char *key)

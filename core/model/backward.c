@@ -4,6 +4,12 @@
 
 #include <string.h>
 
+/* A moment between two operations, for whoever has something to move along. */
+static void tick(const sel_model *m)
+{
+    if (m->opt.tick) m->opt.tick(m->opt.tick_ctx);
+}
+
 /* m->dx holds the gradient of the layer's output and leaves as that of its input. */
 static sel_status backward_layer(sel_model *m, const float *params, float *grads, int64_t l, int64_t batch, int64_t n,
                                  double memory_scale)
@@ -22,11 +28,15 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
     else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, threads);
     SEL_TRY(sel_linear_backward_weight(w->down_proj, T, dx, D, m->act, d->F, grads + o->down_proj));
+    tick(m);
     SEL_TRY(sel_linear_backward_input(w->gate_up, T, m->dgu, 2 * d->F, m->dh, D));
+    tick(m);
     const void *h = normed(m, params, o->ffn_norm, NULL, k->x_mid, T);
     SEL_TRY(sel_linear_backward_weight(w->gate_up, T, m->dgu, 2 * d->F, h, D, grads + o->gate_up));
     ops->rmsnorm_backward(m->dx, grads + o->ffn_norm, m->dh, k->x_mid, k->rstd2, params + o->ffn_norm, m->partial, T, D,
                           threads);
+
+    tick(m);
 
     /* attention half */
     dx = operand(m, m->dx16, m->dx, T * D);
@@ -43,13 +53,16 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
         .dsel_k = m->dqkv + sel_column(d) + sel_width(d), .dsel_k_seq = n * qkv_row, .dsel_k_row = qkv_row,
         .memory_coef = (float)(memory_scale / ((double)(d->L * n) * m->opt.attention.tau)),
     };
+    tick(m);
     ops->attention_backward(&a, &g);
+    tick(m);
     ops->headnorm_backward(m->dqkv, qkv_row, grads + o->q_norm, m->dqkv, qkv_row, k->qkv, qkv_row, k->rstd_q,
                            params + o->q_norm, m->partial, T, d->H, d->dh, threads);
     ops->headnorm_backward(m->dqkv + q, qkv_row, grads + o->k_norm, m->dqkv + q, qkv_row, k->qkv + q, qkv_row,
                            k->rstd_k, params + o->k_norm, m->partial, T, d->Hkv, d->dh, threads);
     const void *const dqkv = operand(m, m->dqkv16, m->dqkv, T * qkv_row);
     SEL_TRY(sel_linear_backward_input(w->qkv, T, dqkv, qkv_row, m->dh, D));
+    tick(m);
     h = normed(m, params, o->attn_norm, NULL, k->x_in, T);
     SEL_TRY(sel_linear_backward_weight(w->qkv, T, dqkv, qkv_row, h, D, grads + o->qkv));
     ops->rmsnorm_backward(m->dx, grads + o->attn_norm, m->dh, k->x_in, k->rstd1, params + o->attn_norm, m->partial, T,

@@ -39,6 +39,8 @@ typedef struct {
     int threads;
     const sel_ops *ops;           /* must outlive the model */
     sel_linear_engine *engine;    /* must outlive the model */
+    void (*tick)(void *ctx);      /* training: called between the operations of backward; NULL: nobody is interested */
+    void *tick_ctx;
 } sel_model_options;
 
 /* The attention options that a configuration asks for. */

@@ -223,6 +223,13 @@ static sel_status format_row(row_text *t, const sel_metrics *m)
             add_number(t, "mfu", m->mfu);
             add_number(t, "seconds", m->seconds);
         }
+        if (m->has_train && m->has_wire) {
+            add_number(t, "wire_bytes", m->wire_bytes);
+            add_number(t, "wire_bytes_least", m->wire_bytes_least);
+            add_number(t, "host_bytes", m->host_bytes);
+            add_number(t, "wire_wait_seconds", m->wire_wait_seconds);
+            add_number(t, "wire_hidden", m->wire_hidden);
+        }
         if (m->val_tokens > 0) {
             add_number(t, "val_loss", m->val_loss);
             add(t, ",\"val_tokens\":%" PRId64, m->val_tokens);

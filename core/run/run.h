@@ -28,6 +28,9 @@ typedef struct {
     const double *live_keys;             /* [layers] shares of live keys in a micro-batch of rank 0; NULL: none */
     int64_t layers;
     bool has_memory_loss, has_train;     /* has_train false: a row of validation or an event only */
+    bool has_wire;                       /* several ranks: what the sums over them cost, a step */
+    double wire_bytes, wire_bytes_least, host_bytes;   /* between hosts, all ranks; the least; in hosts' memory */
+    double wire_wait_seconds, wire_hidden;             /* a rank's mean; share of their time behind computing */
     double val_loss;
     int64_t val_tokens;
     const char *event;

@@ -21,6 +21,7 @@ typedef struct {
     int64_t log_step, log_tokens;          /* where the last logged interval ended */
     double paused;                         /* seconds of saving and validating since then: not training */
     int64_t saved_step;                    /* -1: none in this run folder yet */
+    sel_wire wire;                         /* moved since then, all ranks */
     bool save_owed;                        /* one was due while steps were not finite */
 } pace;
 
@@ -56,8 +57,7 @@ static sel_status save(sel_trainer *t, pace *p)
     SEL_TRY(sel_comm_agree(t->comm, sel_config_emit(t->config, &yaml)));
     info.config = yaml;
     info.tokenizer = sel_tokenizer_bytes(t->tokenizer, &info.tokenizer_bytes);
-    const sel_status rc = sel_checkpoint_save(t->comm, t->checkpoints, t->layout, &info, t->params, t->exp_avg,
-                                              t->exp_avg_sq, t->config->checkpoint.keep);
+    const sel_status rc = sel_arrays_save(t, &info);
     free(yaml);
     if (rc != SEL_OK) {
         char why[1024];
@@ -88,6 +88,29 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
     return SEL_OK;
 }
 
+static void add_wire(sel_wire *sum, const sel_wire *w)
+{
+    sum->wire_bytes += w->wire_bytes;
+    sum->wire_least += w->wire_least;
+    sum->host_bytes += w->host_bytes;
+    sum->wait_seconds += w->wait_seconds;
+    sum->busy_seconds += w->busy_seconds;
+}
+
+/* What the steps since the last row have moved, a step. */
+static void log_wire(const sel_trainer *t, const pace *p, sel_metrics *row)
+{
+    const double ranks = sel_comm_size(t->comm), steps = (double)(t->step - p->log_step);
+    const sel_wire *w = &p->wire;
+
+    row->has_wire = ranks > 1;
+    row->wire_bytes = w->wire_bytes / steps;
+    row->wire_bytes_least = w->wire_least / steps;
+    row->host_bytes = w->host_bytes / steps;
+    row->wire_wait_seconds = w->wait_seconds / ranks / steps;
+    row->wire_hidden = w->busy_seconds > 0.0 ? 1.0 - w->wait_seconds / w->busy_seconds : 1.0;
+}
+
 /* The logged row of a step, on rank 0. */
 static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel_metrics *row, bool train_row)
 {
@@ -113,6 +136,7 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
         row->mfu = sel_model_flops(&t->layout->dims, tokens, c->model.context) / seconds /
                    (t->peak_gflops * 1e9 * sel_comm_size(t->comm));
     }
+    if (train_row) log_wire(t, p, row);
     SEL_TRY(sel_run_metrics(t->run, row));
     if (train_row) {
         const double a_step = seconds / (double)(t->step - p->log_step);
@@ -126,6 +150,7 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
     if (train_row) {
         p->last_log = sel_now();
         p->paused = 0.0;
+        p->wire = (sel_wire){ 0 };
         p->log_step = t->step;
         p->log_tokens = t->tokens_seen;
     }
@@ -134,14 +159,15 @@ static sel_status log_step(sel_trainer *t, pace *p, const sel_step_stats *s, sel
 
 static bool due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
-/* What follows a step: validation, its row, a check of the replicas, a checkpoint.  s is NULL after a step that was left
-   out. */
+/* What follows a step: validation, its row, a check of the replicas, a checkpoint.  s is NULL after a step that was
+   left out. */
 static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, bool last)
 {
     const sel_config *c = t->config;
     const bool train_row = s && (due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1);
     sel_metrics row = { 0 };
 
+    if (s) add_wire(&p->wire, &s->wire);
     if (t->validation && !(s && s->signal) && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
         SEL_TRY(validate(t, p, &row));
     if (is_first(t) && (train_row || row.val_tokens)) {
@@ -160,6 +186,7 @@ static void restart_pace(const sel_trainer *t, pace *p)
 {
     p->last_log = sel_now();
     p->paused = 0.0;
+    p->wire = (sel_wire){ 0 };
     p->log_step = t->step;
     p->log_tokens = t->tokens_seen;
     p->save_owed = false;
@@ -233,16 +260,19 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     };
     const sel_train_start s = {
         .parameters = t->layout->parameters,
-        .memory_bytes = (int64_t)(4 * (size_t)t->layout->total * sizeof(float) + sel_model_bytes(t->model)),
+        .memory_bytes = sel_arrays_bytes(t) + (int64_t)sel_model_bytes(t->model),
         .train_tokens = sel_corpus_tokens(t->train),
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
         .linear = p.linear, .precision = p.precision, .mpi = p.mpi,
+        .binding = t->binding.line,
     };
     SEL_TRY(sel_run_provenance(t->run, &p));
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
     j->watcher->start(j->watcher->ctx, &s);
+    if (t->binding.warning[0]) j->watcher->message(j->watcher->ctx, t->binding.warning);
+    if (sel_reducer_note(t->reducer)[0]) j->watcher->message(j->watcher->ctx, sel_reducer_note(t->reducer));
     return SEL_OK;
 }
 

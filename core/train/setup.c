@@ -12,19 +12,20 @@ enum { MICRO_TOKENS = 4096 };
 
 static sel_status choose_micro(sel_trainer *t)
 {
-    const int64_t wanted = t->config->train.micro_batch, N = t->config->model.context;
+    const int64_t wanted = t->config->train.micro_batch, N = t->config->model.context, count = t->count / t->leaves;
 
     if (wanted) {
-        if (t->count % wanted)
+        if (count % wanted)
             return sel_fail(SEL_EUSER, "train.micro_batch: %" PRId64 " does not divide the %" PRId64
-                            " sequences of each rank (train.batch %" PRId64 " over %d ranks)", wanted, t->count,
-                            t->config->train.batch, t->mesh.data);
+                            " sequences of each %s (train.batch %" PRId64 " over %d)", wanted, count,
+                            t->config->dist.virtual_ranks ? "virtual rank" : "rank", t->config->train.batch,
+                            t->mesh.data * t->leaves);
         t->micro = wanted;
         return SEL_OK;
     }
     t->micro = 1;
-    for (int64_t m = 1; m <= t->count && m * N <= MICRO_TOKENS; m++)
-        if (t->count % m == 0) t->micro = m;
+    for (int64_t m = 1; m <= count && m * N <= MICRO_TOKENS; m++)
+        if (count % m == 0) t->micro = m;
     return SEL_OK;
 }
 
@@ -52,6 +53,7 @@ static sel_status open_inputs(sel_trainer *t)
     SEL_TRY(sel_mesh_init(&t->mesh, sel_comm_rank(t->comm), sel_comm_size(t->comm), c->dist.mesh.data,
                           c->dist.mesh.sequence));
     SEL_TRY(sel_mesh_samples(&t->mesh, c->train.batch, &t->first, &t->count));
+    SEL_TRY(sel_leaves_choose(t));
     SEL_TRY(choose_micro(t));
     SEL_TRY(sel_corpus_open(&t->train, c->data.train));
     SEL_TRY(open_tokenizer(t));
@@ -134,34 +136,33 @@ static sel_status probe_precision(const sel_trainer *t, sel_precision *out)
     return SEL_OK;
 }
 
-static float *new_array(const sel_trainer *t, const char *what)
+static sel_status make_layout(sel_trainer *t)
 {
-    return sel_alloc((size_t)t->layout->total * sizeof(float), what);
+    const sel_dims dims = sel_dims_of(t->config, sel_corpus_vocab(t->train));
+
+    t->resolved.model.vocab = dims.V;
+    return sel_layout_new(&t->layout, &dims);
 }
+
+static void move_along(void *reducer) { sel_reducer_poll(reducer); }
 
 static sel_status make_model(sel_trainer *t)
 {
     const sel_config *c = t->config;
-    const sel_dims dims = sel_dims_of(c, sel_corpus_vocab(t->train));
+    const sel_dims dims = t->layout->dims;
 
-    t->resolved.model.vocab = dims.V;
-    SEL_TRY(sel_layout_new(&t->layout, &dims));
-    t->params = new_array(t, "parameters");
-    t->grads = new_array(t, "gradients");
-    t->exp_avg = new_array(t, "first moments");
-    t->exp_avg_sq = new_array(t, "second moments");
     t->live_keys = sel_alloc((size_t)dims.L * sizeof *t->live_keys, "shares of live keys");
     if (!t->live_keys) return SEL_ENOMEM;
     t->tokens = sel_alloc((size_t)(t->micro * (dims.N + 1)) * sizeof *t->tokens, "tokens of a micro-batch");
-    if (!t->params || !t->grads || !t->exp_avg || !t->exp_avg_sq || !t->tokens) return SEL_ENOMEM;
+    if (!t->tokens) return SEL_ENOMEM;
 
     SEL_TRY(sel_linear_open(&t->engine, backend_of(c), dtype_of(c), t->threads));
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
                                   .attention = sel_attention_options_of(c),
                                   .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
-                                  .ops = &t->ops, .engine = t->engine };
-    SEL_TRY(sel_model_new(&t->model, t->layout, &o));
-    return sel_reducer_new(&t->reducer, t->comm, &t->mesh, t->grads, t->layout->total);
+                                  .ops = &t->ops, .engine = t->engine, .tick = move_along,
+                                  .tick_ctx = t->reducer };
+    return sel_model_new(&t->model, t->layout, &o);
 }
 
 static void warn(void *job, const char *line)
@@ -269,11 +270,11 @@ static sel_status share(sel_trainer *t, sel_status rc, found *f)
     return SEL_OK;
 }
 
-static sel_status load_found(const sel_trainer *t, const found *f, bool moments)
+static sel_status load_found(sel_trainer *t, const found *f, bool moments)
 {
     sel_manifest m = { .step = f->step, .tokens = f->tokens };
     snprintf(m.path, sizeof m.path, "%s", f->path);
-    return sel_checkpoint_load(&m, t->layout, t->params, moments ? t->exp_avg : NULL, moments ? t->exp_avg_sq : NULL);
+    return sel_arrays_load(t, &m, moments);
 }
 
 sel_status sel_trainer_load(sel_trainer *t, int64_t *resumed_from)
@@ -327,9 +328,11 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
     SEL_TRY(sel_comm_agree(t->comm, open_inputs(t)));
     SEL_TRY(compare_inputs(t));
     SEL_TRY(sel_path_join(t->checkpoints, t->config->run.dir, "checkpoints"));
-    SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads));
+    SEL_TRY(sel_threads_choose(t->comm, t->config->compute.threads, &t->threads, &t->binding));
     SEL_TRY(sel_comm_agree(t->comm, sel_comm_rank(t->comm) == 0 ? lock_run(t) : SEL_OK));
     SEL_TRY(resolve_precision(t));
+    SEL_TRY(sel_comm_agree(t->comm, make_layout(t)));
+    SEL_TRY(sel_arrays_new(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
@@ -352,14 +355,10 @@ sel_status sel_trainer_open(sel_trainer *t, const sel_train_job *job, int64_t *r
 void sel_trainer_close(sel_trainer *t)
 {
     sel_run_close(&t->run);
-    sel_reducer_free(&t->reducer);
+    sel_arrays_free(t);
     sel_model_free(&t->model);
     sel_linear_close(&t->engine);
     sel_layout_free(&t->layout);
-    sel_free(t->params);
-    sel_free(t->grads);
-    sel_free(t->exp_avg);
-    sel_free(t->exp_avg_sq);
     sel_free(t->live_keys);
     sel_free(t->tokens);
     free(t->skipped);

@@ -12,7 +12,9 @@
 #include "core/train/trainer.h"
 
 /* Numbers that all ranks sum in one message. */
-enum { SUM_LOSS, SUM_MEMORY, SUM_TOKENS, SUM_NOT_FINITE, SUM_SIGNAL, SUM_SAVE, SUMS };
+enum { SUM_LOSS, SUM_MEMORY, SUM_TOKENS, SUM_NOT_FINITE, SUM_SIGNAL, SUM_SAVE,
+       SUM_WIRE, SUM_WIRE_LEAST, SUM_HOST, SUM_WAIT, SUM_BUSY, SUMS };
+_Static_assert(SUM_TOKENS + 1 == SEL_LEAF_NUMBERS, "the first numbers are those that leaves sum");
 
 /* Where a stretch of the gradient goes when it is final. */
 typedef struct {
@@ -24,8 +26,9 @@ static void gradients_ready(void *ctx, int64_t begin, int64_t end)
 {
     const destination *to = ctx;
 
+    sel_leaf_close(to->t, to->t->leaves - 1, begin, end);
     if (begin == 0 && sel_fault("backward", to->t->step + 1, "nan")) to->t->grads[0] = NAN;
-    if (to->reduce) sel_reducer_ready(to->t->reducer, begin, end);
+    if (to->reduce) sel_reducer_ready(to->t->reducer, begin);
 }
 
 static _Noreturn void die(const sel_trainer *t, const char *phase, int64_t step)
@@ -35,7 +38,7 @@ static _Noreturn void die(const sel_trainer *t, const char *phase, int64_t step)
     sel_comm_die(t->comm, where);
 }
 
-/* Gradient of this rank's samples into t->grads, scaled for the global mean, and to the reducer; adds to sums. */
+/* Gradient of this rank's samples into t->grads, scaled for the global mean, and to the reducer; their sums. */
 static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, double *sums)
 {
     destination to = { .t = t, .reduce = reduce };
@@ -44,32 +47,38 @@ static sel_status local_gradient(sel_trainer *t, int64_t step, bool reduce, doub
     const double loss_scale = 1.0 / (double)(batch * N),
                  memory_scale = c->attention.memory_loss.epsilon / (double)batch;
 
-    memset(t->grads, 0, (size_t)t->layout->total * sizeof *t->grads);
+    const int64_t total = t->layout->total, each = t->count / t->leaves;
+    double numbers[SEL_LEVELS][SEL_LEAF_NUMBERS];
+
     sel_fault("data", step, "");
     for (int64_t i = 0; i < t->count; i += t->micro) {
-        const bool last = i + t->micro >= t->count;
+        const int leaf = (int)(i / each), depth = sel_leaf_depth(leaf);
+        const bool leaf_ends = (i + t->micro) % each == 0, last = i + t->micro >= t->count;
+        float *const grads = t->sums[depth];
         sel_batch_stats stats;
 
+        if (i % each == 0) {
+            memset(grads, 0, (size_t)total * sizeof *grads);
+            memset(numbers[depth], 0, sizeof numbers[depth]);
+        }
         for (int64_t k = 0; k < t->micro; k++) {
             const int64_t w = sel_sample_window((uint64_t)c->run.seed, step, t->first + i + k, batch, t->windows);
             SEL_TRY(sel_corpus_window(t->train, N, w, t->tokens + k * (N + 1), NULL));
         }
         sel_fault("forward", step, "");
-        SEL_TRY(sel_model_train(t->model, t->params, t->grads, t->tokens, t->micro, N, loss_scale, memory_scale,
+        SEL_TRY(sel_model_train(t->model, t->params, grads, t->tokens, t->micro, N, loss_scale, memory_scale,
                                 last ? gradients_ready : NULL, &to, &stats));
         for (int64_t l = 0; l < t->layout->dims.L; l++) t->live_keys[l] = sel_model_live_keys(t->model, l);
-        sums[SUM_LOSS] += stats.loss;
-        sums[SUM_MEMORY] += stats.memory;
-        sums[SUM_TOKENS] += (double)stats.tokens;
+        numbers[depth][SUM_LOSS] += stats.loss;
+        numbers[depth][SUM_MEMORY] += stats.memory;
+        numbers[depth][SUM_TOKENS] += (double)stats.tokens;
+        if (leaf_ends && !last) sel_leaf_close(t, leaf, 0, total);
+        if (leaf_ends) sel_leaf_close_numbers(numbers, leaf);
     }
+    memcpy(sums, numbers[0], sizeof numbers[0]);
     if (sel_fault("forward", step, "nan")) sums[SUM_LOSS] = NAN;
     sel_fault("backward", step, "");
     return SEL_OK;
-}
-
-static double gradient_norm(const sel_trainer *t)
-{
-    return sqrt(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
 }
 
 sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, bool *gradient)
@@ -78,7 +87,7 @@ sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, 
 
     if (local_gradient(t, step, false, sums) != SEL_OK) die(t, "the gradient", step);
     *loss = isfinite(sums[SUM_LOSS]) && isfinite(sums[SUM_MEMORY]);
-    *gradient = isfinite(gradient_norm(t));
+    *gradient = isfinite(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
     return SEL_OK;
 }
 
@@ -87,6 +96,7 @@ static int hear_signal(sel_trainer *t, int64_t step)
 {
     static const struct { int number; const char *name; } names[] = {
         { SIGTERM, "SIGTERM" }, { SIGINT, "SIGINT" }, { SIGUSR1, "SIGUSR1" }, { SIGUSR2, "SIGUSR2" },
+        { SIGHUP, "SIGHUP" }, { SIGXCPU, "SIGXCPU" },
     };
     const char *name = "a signal";
     char line[96];
@@ -110,7 +120,14 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     sel_fault("reduce", step, "");
     sel_reducer_finish(t->reducer);
 
-    const double norm = gradient_norm(t);
+    const double norm = sqrt(sel_arrays_norm_squared(t));
+    sel_wire w;
+    sel_reducer_wire(t->reducer, &w);   /* of this step's sums, and of the last one's parameters */
+    sums[SUM_WIRE] = w.wire_bytes;
+    sums[SUM_WIRE_LEAST] = w.wire_least;
+    sums[SUM_HOST] = w.host_bytes;
+    sums[SUM_WAIT] = w.wait_seconds;
+    sums[SUM_BUSY] = w.busy_seconds;
     sums[SUM_NOT_FINITE] = !isfinite(norm) || !isfinite(sums[SUM_LOSS]) || !isfinite(sums[SUM_MEMORY]);
     sums[SUM_SIGNAL] = *t->job->signal ? 1.0 : 0.0;
     sums[SUM_SAVE] = save_due ? 1.0 : 0.0;
@@ -123,7 +140,13 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
     s->lr = sel_learning_rate(c->train.lr, c->train.warmup, c->train.steps, step);
     s->save_due = sums[SUM_SAVE] != 0.0;
     s->signal = sums[SUM_SIGNAL] != 0.0 ? hear_signal(t, step) : 0;
-    if (sums[SUM_NOT_FINITE] != 0.0) return sel_trainer_blame(t, step, s);
+    s->wire = (sel_wire){ .wire_bytes = sums[SUM_WIRE], .wire_least = sums[SUM_WIRE_LEAST],
+                          .host_bytes = sums[SUM_HOST], .wait_seconds = sums[SUM_WAIT],
+                          .busy_seconds = sums[SUM_BUSY] };
+    if (sums[SUM_NOT_FINITE] != 0.0) {
+        sel_reducer_gather(t->reducer);   /* of parameters as they were: the next step begins like any other */
+        return sel_trainer_blame(t, step, s);
+    }
 
     const double clip = c->train.clip;
     sel_fault("optimizer", step, "");

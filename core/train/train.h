@@ -18,6 +18,7 @@ typedef struct {
     int ranks, hosts, threads;
     double peak_gflops;                 /* of a rank */
     const char *level, *cpu, *linear, *precision, *mpi;
+    const char *binding;                /* where ranks and threads run, one line */
 } sel_train_start;
 
 /* After a logged step. */

@@ -10,6 +10,14 @@
 #include "dist/mesh.h"
 #include "dist/reduce.h"
 
+/* Levels of the tree over a rank's leaves, and numbers that are summed in it beside the gradient. */
+enum { SEL_LEVELS = 18, SEL_LEAF_NUMBERS = 3 };
+
+/* Where ranks and threads run, in words; a warning where they share processors, or "".  Of rank 0. */
+typedef struct {
+    char line[512], warning[512];
+} sel_binding;
+
 typedef struct sel_trainer {
     const sel_train_job *job;
     const sel_config *config;        /* the job's, with what had to be measured filled in: `resolved` */
@@ -24,7 +32,13 @@ typedef struct sel_trainer {
     int64_t windows;                 /* of the training corpus */
 
     sel_layout *layout;
-    float *params, *grads, *exp_avg, *exp_avg_sq;   /* [layout total] each */
+    float *params, *grads;           /* [layout total] */
+    float *exp_avg, *exp_avg_sq;     /* [owned]: of the stretches that this rank updates, one after another */
+    sel_stretch *stretches;          /* [sel_reducer_pieces] */
+    int64_t owned;
+    double *squares;                 /* [blocks of the layout], dist.zero only */
+    int leaves;                      /* of the batch on this rank: 1 without dist.virtual_ranks */
+    float *sums[SEL_LEVELS];         /* [layout total]: sums of leaves, by depth; 0: grads; NULL where not needed */
     sel_ops ops;
     sel_linear_engine *engine;
     sel_model *model;
@@ -34,6 +48,7 @@ typedef struct sel_trainer {
     int32_t *tokens;                 /* [micro][N + 1] */
     double *live_keys;               /* [layers] of the last micro-batch: shares of the pairs that attention computed */
     int threads;
+    sel_binding binding;
     double peak_gflops;
 
     int64_t step, tokens_seen;       /* completed */
@@ -46,6 +61,7 @@ typedef struct sel_trainer {
 typedef struct {
     double loss, memory_loss, lr, grad_norm;
     int64_t tokens;
+    sel_wire wire;                   /* summed over the ranks */
     int signal;                      /* by which a rank has been asked to end; 0: none */
     bool save_due;                   /* rank 0's clock says so */
 } sel_step_stats;
@@ -82,11 +98,28 @@ bool       sel_trainer_leaves_out(const sel_trainer *t, int64_t step);
 sel_status sel_trainer_leave_out(sel_trainer *t, int64_t step);
 sel_status sel_trainer_share_left_out(sel_trainer *t);   /* [collective] */
 
-/* AdamW over the whole layout with the gradient scaled by g_scale.  (optimizer.c) */
+/* The arrays: made and freed; their bytes; the sum of squares of the whole gradient, the same bits for any ranks and
+   with dist.zero or without; from a checkpoint, and into one.  (arrays.c) */
+sel_status sel_arrays_new(sel_trainer *t);    /* [collective] */
+void       sel_arrays_free(sel_trainer *t);   /* [collective] */
+int64_t    sel_arrays_bytes(const sel_trainer *t);
+double     sel_arrays_norm_squared(sel_trainer *t);   /* [collective] */
+sel_status sel_arrays_load(sel_trainer *t, const sel_manifest *m, bool moments);
+sel_status sel_arrays_save(sel_trainer *t, const sel_checkpoint_info *info);   /* [collective] */
+
+/* dist.virtual_ranks: leaves of this rank, checked; at what depth of t->sums a leaf adds up its gradient; after it, over
+   floats [begin, end), and over the numbers beside it, adds up what closes with it.  (leaves.c) */
+sel_status sel_leaves_choose(sel_trainer *t);
+int        sel_leaf_depth(int leaf);
+void       sel_leaf_close(sel_trainer *t, int leaf, int64_t begin, int64_t end);
+void       sel_leaf_close_numbers(double numbers[SEL_LEVELS][SEL_LEAF_NUMBERS], int leaf);
+
+/* AdamW over the stretches that this rank owns, with the gradient scaled by g_scale; all get the result.  (optimizer.c)
+   [collective] */
 void sel_optimizer_update(sel_trainer *t, int64_t step, double lr, double g_scale);
 
 /* Threads that this rank should use: `wanted`, or, at 0, what its binding allows, shared with the ranks that are bound
-   alike.  SEL_EUSER where OpenMP would not give them.  (threads.c) [collective] */
-sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads);
+   alike; on rank 0 also where they run.  SEL_EUSER where OpenMP would not give them.  (threads.c) [collective] */
+sel_status sel_threads_choose(sel_comm *c, int64_t wanted, int *threads, sel_binding *b);
 
 #endif
