@@ -110,6 +110,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 {
     words_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
+    const int64_t sel = attention_bilinear(a) ? dh : 0;   /* width of the selection's own rows */
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
@@ -129,6 +130,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.p = take(&end, square);
         p.f = take(&end, SUPER * square);
         p.carry = take(&end, a->i1);
+        p.sel_qt = take(&end, sel * TILE);
     } else {
         p.live_tiles = p.group < LIVE_SIDE ? LIVE_SIDE / p.group : 1;
         p.l0 = take(&end, p.group * (a->dead_after ? p.live_tiles : SIDE) * square);
@@ -141,6 +143,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
         p.dq = take(&end, p.tiles * TILE * H * dh);
+        p.dsel_q = take(&end, p.tiles * TILE * sel);
+        p.dsel_k = take(&end, SIDE * TILE * sel);
     }
     if (a->dead_after) {
         p.list = take(&end, a->i1 + LANES);
@@ -156,6 +160,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
         p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
         p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
+        p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
         const int64_t pair = a->bfloat16 ? 2 : 1, keys = p.columns * TILE * kv / pair,
@@ -169,6 +174,10 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dout_rows = take(&pack, queries);
         p.lse_all = take(&pack, p.tiles * H * TILE);
         p.delta_all = take(&pack, p.tiles * H * TILE);
+        p.sel_k = take(&pack, p.columns * TILE * sel / pair);
+        p.sel_k_pairs = take(&pack, a->bfloat16 ? p.columns * TILE * sel / pair : 0);
+        p.sel_qt_all = take(&pack, p.tiles * TILE * sel / pair);
+        p.sel_q_rows = take(&pack, p.tiles * TILE * sel / pair);
     }
     p.pack0 = end;
     p.pack_size = pack;

@@ -44,6 +44,9 @@ typedef struct {
     int64_t pack0, pack_size;
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
+    /* a selection with rows of its own: as qt, dq, dk, then in the pack as k, k_pairs, qt_all, q_rows; without room
+       elsewhere */
+    int64_t sel_qt, dsel_q, dsel_k, sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
     /* dead keys: the list, gathered tiles of keys, values and key pairs; backward: tiles of keys taken together, dF */
     int64_t list, kt, vt, pt, live_tiles, dcarry;
     int64_t total;
@@ -60,12 +63,11 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 /* Does the selection have rows of its own, or is it made of head 0's? */
 static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
 
-/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; a selection with rows of
-   its own; windows in backward and so, since each kernel reads only what it saved itself, where forward saves carries. */
+/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; windows in backward and
+   so, since each kernel reads only what it saved itself, where forward saves carries. */
 static inline bool attention_fits_words(const sel_attention *a, bool backward)
 {
-    return a->dh % LANES == 0 && !attention_bilinear(a) &&
-           (a->window == 0 || (!backward && !(a->selective && a->saved)));
+    return a->dh % LANES == 0 && (a->window == 0 || (!backward && !(a->selective && a->saved)));
 }
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */

@@ -52,6 +52,25 @@ static gradient_rows rows_at(const backward_job *w, int64_t h, int64_t I)
                             .dq = w->scratch + p->dq + slot * size };
 }
 
+/* Keys and rows that S is made of: head 0's, or sel_k and sel_q. */
+static gradient_keys selecting_keys_at(const backward_job *w, int64_t J)
+{
+    const words_plan *p = w->p;
+    const int64_t size = TILE * w->a->dh, at = J * size / PAIR;
+    if (!attention_bilinear(w->a)) return keys_at(w, 0, J);
+    return (gradient_keys){ .k = (const word *)(w->pack + p->sel_k) + at,
+                            .pairs = (const word *)(w->pack + (WORD_BF16 ? p->sel_k_pairs : p->sel_k)) + at,
+                            .dk = w->scratch + p->dsel_k + J % SIDE * size };
+}
+static gradient_rows selecting_rows_at(const backward_job *w, int64_t I)
+{
+    const words_plan *p = w->p;
+    const int64_t size = TILE * w->a->dh, at = I * size / PAIR;
+    if (!attention_bilinear(w->a)) return rows_at(w, 0, I);
+    return (gradient_rows){ .qt = (const word *)(w->pack + p->sel_qt_all) + at,
+                            .q = (const word *)(w->pack + p->sel_q_rows) + at, .dq = w->scratch + p->dsel_q + I * size };
+}
+
 /* n values of each of TILE rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */
 static void copy_rows(word *to, const float *x, int64_t x_row, int real, int64_t n)
 {
@@ -84,6 +103,7 @@ static int64_t row_place(const backward_job *w, int64_t seq, int64_t row, int64_
     return w->b * seq + I * TILE * row + h * w->a->dh;
 }
 
+/* Column tile J of a kv-head; with the first sel_k, too. */
 static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -93,9 +113,15 @@ static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
     copy_rows(writable(w, to.k), k, a->k_row, cols, a->dh);
     if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, a->dh);
     copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, a->dh);
+    if (kh == 0 && attention_bilinear(a)) {
+        const gradient_keys sel = selecting_keys_at(w, J);
+        const float *const sel_k = a->sel_k + key_place(w, a->sel_k_seq, a->sel_k_row, 0, J);
+        copy_rows(writable(w, sel.k), sel_k, a->sel_k_row, cols, a->dh);
+        if (WORD_BF16) copy_pairs(writable(w, sel.pairs), sel_k, a->sel_k_row, cols, a->dh);
+    }
 }
 
-/* Row tile I of a head: q and dO in both forms, lse (log2), delta = rowsum(dO o out). */
+/* Row tile I of a head: q and dO in both forms, lse (log2), delta = rowsum(dO o out); with head 0 sel_q, too. */
 static void pack_rows(const backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
@@ -123,23 +149,38 @@ static void pack_rows(const backward_job *w, int64_t h, int64_t I)
     }
     for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
     for (int i = rows; i < TILE; i++) lse2[i] = NO_ROW;
+    if (h == 0 && attention_bilinear(a)) {
+        const gradient_rows sel = selecting_rows_at(w, I);
+        const float *const sel_q = a->sel_q + row_place(w, a->sel_q_seq, a->sel_q_row, 0, I);
+        transpose_words(writable(w, sel.qt), sel_q, a->sel_q_row, rows, dh);
+        copy_pairs(writable(w, sel.q), sel_q, a->sel_q_row, rows, dh);
+    }
 }
 
-/* dK (times 1 / sqrt(dh)) and dV of a column tile. */
+/* The real rows of column tile J, times scale. */
+static void store_columns(const backward_job *w, float *to, int64_t row, const float *from, double scale, int64_t J)
+{
+    const int64_t dh = w->a->dh;
+    const __m512 s = _mm512_set1_ps((float)scale);
+    for (int64_t j = 0; j < TILE && J * TILE + j < w->a->i1; j++)
+        for (int64_t d = 0; d < dh; d += V16)
+            _mm512_storeu_ps(to + j * row + d, _mm512_mul_ps(_mm512_loadu_ps(from + j * dh + d), s));
+}
+
+/* dK (times 1 / sqrt(dh)) and dV of a column tile; dsel_k. */
 static void store_keys(const backward_job *w, int64_t kh, int64_t J)
 {
-    const sel_attention *a = w->a;
     const sel_attention_grad *g = w->g;
     const gradient_keys from = keys_at(w, kh, J);
-    const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)a->dh)));
-    float *const dk = g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J);
-    float *const dv = g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J);
-
-    for (int64_t j = 0; j < TILE && J * TILE + j < a->i1; j++)
-        for (int64_t d = 0; d < a->dh; d += V16) {
-            _mm512_storeu_ps(dk + j * g->dk_row + d, _mm512_mul_ps(_mm512_loadu_ps(from.dk + j * a->dh + d), scale));
-            _mm512_storeu_ps(dv + j * g->dv_row + d, _mm512_loadu_ps(from.dv + j * a->dh + d));
-        }
+    store_columns(w, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row, from.dk,
+                  1.0 / sqrt((double)w->a->dh), J);
+    store_columns(w, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row, from.dv, 1.0, J);
+}
+static void store_dsel_k(const backward_job *w, int64_t J)
+{
+    const sel_attention_grad *g = w->g;
+    store_columns(w, g->dsel_k + key_place(w, g->dsel_k_seq, g->dsel_k_row, 0, J), g->dsel_k_row,
+                  selecting_keys_at(w, J).dk, 1.0 / sqrt((double)w->a->dh), J);
 }
 
 /* Threads that have a part of row tile I's dQ: those whose first pair of column tiles does not lie after it. */
@@ -151,15 +192,13 @@ static int sharers(const backward_job *w, int64_t I)
     return n;
 }
 
-/* dq of row tile I: the sums of the first `summed` threads, in thread order, turned back to rows. */
-static void store_dq(const backward_job *w, int64_t h, int64_t I, int summed)
+/* Row tile I of dq: the sums of the first `summed` threads, in thread order, turned back to rows. */
+static void store_rows(const backward_job *w, float *dq, int64_t row, const float *sum, int64_t I, int summed)
 {
     const sel_attention *a = w->a;
-    const int64_t dh = a->dh, row = w->g->dq_row, end = least(a->i0 + I * TILE + TILE, a->i1);
+    const int64_t dh = a->dh, end = least(a->i0 + I * TILE + TILE, a->i1);
     const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)dh)));
     const int rows = (int)(end - a->i0 - I * TILE);
-    const float *const sum = rows_at(w, h, I).dq;
-    float *const dq = w->g->dq + row_place(w, w->g->dq_seq, row, h, I);
 
     for (int i0 = 0; i0 < rows; i0 += V16)
         for (int64_t d = 0; d < dh; d += V16) {
@@ -176,6 +215,18 @@ static void store_dq(const backward_job *w, int64_t h, int64_t I, int summed)
             for (int i = 0; i < 16; i++)
                 if (i0 + i < rows) _mm512_storeu_si512(dq + (i0 + i) * row + d, x[i]);
         }
+}
+
+static void store_dq(const backward_job *w, int64_t h, int64_t I, int summed)
+{
+    const sel_attention_grad *g = w->g;
+    store_rows(w, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row, rows_at(w, h, I).dq, I, summed);
+}
+static void store_dsel_q(const backward_job *w, int64_t I, int summed)
+{
+    const sel_attention_grad *g = w->g;
+    store_rows(w, g->dsel_q + row_place(w, g->dsel_q_seq, g->dsel_q_row, 0, I), g->dsel_q_row,
+               selecting_rows_at(w, I).dq, I, summed);
 }
 
 /* Tile (I, J), a corner of its square; false where no row of I sees a key of J. */
@@ -200,13 +251,13 @@ static void add_memory(const backward_job *w, const gradient_tile *t, int64_t ro
         if (-(double)NF[j * TILE + i] < w->a->tau * sqrt((double)w->a->dh)) G[j * TILE + i] += w->g->memory_coef;
 }
 
-/* Where head 0's logits and -F of tile (I, J) of a group lie. */
+/* Where the selecting logits and -F of tile (I, J) of a group lie. */
 static float *panel(const backward_job *w, int64_t array, const square_of_tiles *u, int64_t I, int64_t J)
 {
     return w->scratch + array + ((I - u->group) * SIDE + J % SIDE) * TILE * TILE;
 }
 
-/* Head 0's logits and -F of the column tiles in all row tiles [u->group, end), upwards from the saved carry. */
+/* The selecting logits and -F of the column tiles in all row tiles [u->group, end), upwards from the saved carry. */
 static void rebuild_selection(backward_job *w, const square_of_tiles *u, int64_t end)
 {
     const sel_attention *a = w->a;
@@ -216,15 +267,15 @@ static void rebuild_selection(backward_job *w, const square_of_tiles *u, int64_t
     gradient_tile t;
 
     for (int64_t J = u->J0; J < u->J1; J++) {
-        const word *const k = keys_at(w, 0, J).k;
+        const word *const k = selecting_keys_at(w, J).k;
         float carry[TILE] = { 0 };
         memcpy(carry, saved + J * TILE, (size_t)(a->i1 - J * TILE < TILE ? a->i1 - J * TILE : TILE) * sizeof *carry);
         for (int64_t I = u->group; I < end; I++) {
             if (!make_tile(w, I, J, &t)) continue;
             float *const L0 = panel(w, p->l0, u, I, J);
             for (int v0 = 0; v0 < t.view.lanes; v0 += 32)
-                product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, rows_at(w, 0, I).qt + v0, TILE, L0 + v0,
-                           TILE, true);
+                product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, selecting_rows_at(w, I).qt + v0, TILE,
+                           L0 + v0, TILE, true);
             select_words(a, L0, panel(w, p->f, u, I, J), carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
         }
     }
@@ -282,70 +333,124 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
     }
 }
 
+/* What one head works with in a square: tiles by row tile and column tile, where they are seen. */
+typedef struct {
+    gradient_tile tiles[SIDE][SIDE];
+    bool seen[SIDE][SIDE];
+    gradient_keys keys[SIDE];
+    gradient_rows rows[SIDE];
+} head_square;
+
+/* dV and dK of column c of the square. */
+static void sum_columns(backward_job *w, const head_square *s, int c, bool fresh)
+{
+    const gradient_tile *t[SIDE];
+    const gradient_rows *of[SIDE];
+    int n = 0;
+    for (int r = SIDE; r-- > 0;)
+        if (s->seen[r][c]) {
+            t[n] = &s->tiles[r][c];
+            of[n++] = &s->rows[r];
+        }
+    if (n) key_gradients(&w->room, n, t, of, &s->keys[c], fresh);
+}
+
+/* dQ of row r of the square; false where there is none. */
+static bool sum_rows_of(backward_job *w, const head_square *s, int r, bool fresh)
+{
+    const gradient_tile *t[SIDE];
+    const gradient_keys *of[SIDE];
+    int n = 0;
+    for (int c = 0; c < SIDE; c++)
+        if (s->seen[r][c]) {
+            t[n] = &s->tiles[r][c];
+            of[n++] = &s->keys[c];
+        }
+    if (n) query_gradients(&w->room, n, t, of, s->rows[r].dq, fresh);
+    return n > 0;
+}
+
+/* Do rows of row tile I see nothing after the square? */
+static bool last_columns(const backward_job *w, const square_of_tiles *u, int64_t I)
+{
+    return least(w->a->i0 + (I + 1) * TILE, w->a->i1) <= u->J1 * TILE;
+}
+
+/* What comes through F in tile (r, c) of a square: dZ at Z0 becomes words. */
+static void select_gradients(const backward_job *w, const square_of_tiles *u, const gradient_tile *t, int64_t r,
+                             int64_t c, float *Z0, float *dcarry)
+{
+    const sel_attention *a = w->a;
+    const int64_t I = u->I0 + r, J = u->J0 + c;
+    float *const G = w->scratch + w->p->g + (r * SIDE + c) * TILE * TILE;
+    if (a->tau > 0.0 && w->g->memory_coef != 0.0f)
+        add_memory(w, t, a->i0 + I * TILE, panel(w, w->p->f, u, I, J), G);
+    selection_words(a, t, panel(w, w->p->l0, u, I, J), G, Z0, dcarry);
+}
+
 /* One head over a square of tiles. */
 static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, float dcarry[SIDE][TILE])
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t kh = h * a->kv_heads / a->heads;
-    const bool first = a->selective && h == 0;
+    const bool selecting = a->selective && h == 0 && !attention_bilinear(a);
     /* Heads go round as 1, 2 .. heads - 1, 0: this one is the first of its keys' where the one before has others. */
     const int64_t before = h == 1 || a->heads == 1 ? -1 : (h ? h - 1 : a->heads - 1) * a->kv_heads / a->heads;
     const bool opens = u->first_rows && (h ? kh != before : a->heads == a->kv_heads);
     const bool closes = u->last_rows && (!h || (kh && (h + 1) * a->kv_heads / a->heads != kh));
-    gradient_tile tiles[SIDE][SIDE];
-    gradient_keys keys[SIDE];
-    gradient_rows rows[SIDE];
-    bool seen[SIDE][SIDE] = { { false } };
+    head_square s = { .seen = { { false } } };
 
     for (int64_t c = 0; c < u->J1 - u->J0; c++) {
-        keys[c] = keys_at(w, kh, u->J0 + c);
+        s.keys[c] = keys_at(w, kh, u->J0 + c);
         if (opens && kh && !w->shared) pack_columns(w, kh, u->J0 + c);
     }
     for (int64_t r = 0; r < u->I1 - u->I0; r++) {
-        rows[r] = rows_at(w, h, u->I0 + r);
+        s.rows[r] = rows_at(w, h, u->I0 + r);
         if (u->first_columns && h && !w->shared) pack_rows(w, h, u->I0 + r);
     }
     for (int64_t c = 0; c < u->J1 - u->J0; c++)
         for (int64_t r = u->I1 - u->I0; r-- > 0;) {
             const int64_t I = u->I0 + r, J = u->J0 + c;
-            gradient_tile *const t = &tiles[r][c];
-            if (!(seen[r][c] = make_tile(w, I, J, t))) continue;
-            float *const L0 = panel(w, p->l0, u, I, J), *const NF = panel(w, p->f, u, I, J);
-            float *const G = w->scratch + p->g + (r * SIDE + c) * TILE * TILE, *const Z0 = w->scratch + p->raw;
-            tile_gradients(&w->room, t, &keys[c], &rows[r], first ? L0 : NULL, a->selective ? NF : NULL,
-                           a->selective ? G : NULL, h == 1 || a->heads == 1, first ? Z0 : NULL);
-            if (first) {
-                if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, t, a->i0 + I * TILE, NF, G);
-                selection_words(a, t, L0, G, Z0, dcarry[c]);
-            }
+            gradient_tile *const t = &s.tiles[r][c];
+            float *const Z0 = w->scratch + p->raw;
+            if (!(s.seen[r][c] = make_tile(w, I, J, t))) continue;
+            tile_gradients(&w->room, t, &s.keys[c], &s.rows[r], selecting ? panel(w, p->l0, u, I, J) : NULL,
+                           a->selective ? panel(w, p->f, u, I, J) : NULL,
+                           a->selective ? w->scratch + p->g + (r * SIDE + c) * TILE * TILE : NULL,
+                           h == 1 || a->heads == 1, selecting ? Z0 : NULL);
+            if (selecting) select_gradients(w, u, t, r, c, Z0, dcarry[c]);
         }
-    for (int c = 0; c < SIDE; c++) {
-        const gradient_tile *t[SIDE];
-        const gradient_rows *of[SIDE];
-        int n = 0;
-        for (int r = SIDE; r-- > 0;)
-            if (seen[r][c]) {
-                t[n] = &tiles[r][c];
-                of[n++] = &rows[r];
-            }
-        if (n) key_gradients(&w->room, n, t, of, &keys[c], opens);
-        if (closes && c < u->J1 - u->J0) store_keys(w, kh, u->J0 + c);
+    for (int c = 0; c < u->J1 - u->J0; c++) {
+        sum_columns(w, &s, c, opens);
+        if (closes) store_keys(w, kh, u->J0 + c);
     }
-    for (int r = 0; r < SIDE; r++) {
-        const gradient_tile *t[SIDE];
-        const gradient_keys *of[SIDE];
-        int n = 0;
-        for (int c = 0; c < SIDE; c++)
-            if (seen[r][c]) {
-                t[n] = &tiles[r][c];
-                of[n++] = &keys[c];
-            }
-        if (!n) continue;
-        query_gradients(&w->room, n, t, of, rows[r].dq, u->first_columns);
-        const bool last_columns = least(a->i0 + (u->I0 + r + 1) * TILE, a->i1) <= u->J1 * TILE;
-        if (last_columns && !w->shared) store_dq(w, h, u->I0 + r, 1);
+    for (int r = 0; r < u->I1 - u->I0; r++)
+        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
+            store_dq(w, h, u->I0 + r, 1);
+}
+
+/* A selection with rows of its own, after all heads: what comes through F, to dsel_q and dsel_k alone. */
+static void backward_selection(backward_job *w, const square_of_tiles *u, float dcarry[SIDE][TILE])
+{
+    float *const Z0 = w->scratch + w->p->raw;
+    head_square s = { .seen = { { false } } };
+
+    for (int64_t c = 0; c < u->J1 - u->J0; c++) s.keys[c] = selecting_keys_at(w, u->J0 + c);
+    for (int64_t r = 0; r < u->I1 - u->I0; r++) s.rows[r] = selecting_rows_at(w, u->I0 + r);
+    for (int64_t c = 0; c < u->J1 - u->J0; c++)
+        for (int64_t r = u->I1 - u->I0; r-- > 0;) {
+            if (!(s.seen[r][c] = make_tile(w, u->I0 + r, u->J0 + c, &s.tiles[r][c]))) continue;
+            memset(Z0, 0, TILE * TILE * sizeof *Z0);
+            select_gradients(w, u, &s.tiles[r][c], r, c, Z0, dcarry[c]);
+        }
+    for (int c = 0; c < u->J1 - u->J0; c++) {
+        sum_columns(w, &s, c, u->first_rows);
+        if (u->last_rows) store_dsel_k(w, u->J0 + c);
     }
+    for (int r = 0; r < u->I1 - u->I0; r++)
+        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
+            store_dsel_q(w, u->I0 + r, 1);
 }
 
 /* A pair of column tiles: their dK and dV, their part of every row's dQ; first: this thread's first pair. */
@@ -382,6 +487,7 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
                 fetch_head(w, (n + 1) % a->heads, n < a->heads ? &u : &below);
                 backward_head(w, n % a->heads, &u, dcarry);
             }
+            if (attention_bilinear(a)) backward_selection(w, &u, dcarry);
         }
     }
     for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < J1 * TILE; j++)
@@ -428,7 +534,10 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
             #pragma omp barrier
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)
-                for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, sharers(&zero, I));
+                for (int64_t h = 0; h < a->heads; h++) {
+                    store_dq(&zero, h, I, sharers(&zero, I));
+                    if (h == 0 && attention_bilinear(a)) store_dsel_q(&zero, I, sharers(&zero, I));
+                }
         }
     }
 }

@@ -276,7 +276,32 @@ static key_tile keys_of(const forward_job *w, int64_t kh, int64_t J)
                        .k_row = a->k_row, .v_row = a->v_row };
 }
 
-/* Packs column tile J of the kv-heads [kh0, kh1), row by row: they lie side by side in memory. */
+/* The keys that S is made of, without values: head 0's, or sel_k, packed as the others. */
+static key_tile selecting_keys(const forward_job *w, int64_t J)
+{
+    const sel_attention *a = w->a;
+    if (!attention_bilinear(a)) return keys_of(w, 0, J);
+    if (in_pack(w, J))
+        return (key_tile){ .k = (const word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? J : 0) * TILE * a->dh / PAIR,
+                           .k_row = a->dh / PAIR };
+    return (key_tile){ .k = (const word *)(a->sel_k + w->b * a->sel_k_seq + J * TILE * a->sel_k_row),
+                       .k_row = a->sel_k_row };
+}
+
+/* Packs column tile J of sel_k. */
+static void pack_selecting(const forward_job *w, int64_t J)
+{
+    const sel_attention *a = w->a;
+    const int64_t n = a->dh / PAIR;
+    word *const K = (word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? J : 0) * TILE * n;
+    for (int64_t j = 0; j < TILE; j++)
+        if (J * TILE + j < a->i1)
+            row_words(K + j * n, a->sel_k + w->b * a->sel_k_seq + (J * TILE + j) * a->sel_k_row, a->dh);
+        else memset(K + j * n, 0, (size_t)n * sizeof *K);
+}
+
+/* Packs column tile J of the kv-heads [kh0, kh1), row by row: they lie side by side in memory; with the first of them
+   what S is made of. */
 static void pack_keys(const forward_job *w, int64_t kh0, int64_t kh1, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -285,6 +310,7 @@ static void pack_keys(const forward_job *w, int64_t kh0, int64_t kh1, int64_t J)
     const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
 
     if (!in_pack(w, J)) return;
+    if (kh0 == 0 && attention_bilinear(a)) pack_selecting(w, J);
     for (int j = 0; j < TILE; j += PAIR)
         for (int64_t kh = kh0; kh < kh1; kh++) {
             word *const K = (word *)(w->pack + w->p->k) + pack_place(w, kh, J) + j * n / PAIR;
@@ -343,6 +369,15 @@ static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
 static float *out_of(const forward_job *w, const row_tile *t, int64_t h)
 {
     return w->a->out + w->b * w->a->out_seq + t->I * TILE * w->a->out_row + h * w->a->dh;
+}
+
+/* Q^T of the rows that S is made of: head 0's, or sel_q. */
+static void transpose_selecting(const forward_job *w, const row_tile *t, word *Qt)
+{
+    const sel_attention *a = w->a;
+    if (attention_bilinear(a))
+        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + t->I * TILE * a->sel_q_row, a->sel_q_row, t->rows, a->dh);
+    else transpose_words(Qt, q_of(w, t, 0), a->q_row, t->rows, a->dh);
 }
 
 static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
@@ -438,7 +473,7 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
     }
 }
 
-/* Head 0's logits of a tile, plain, [j][TILE], where they are seen. */
+/* Logits of a tile, plain, [j][TILE], where they are seen. */
 static void raw_logits(const tile_room *t, const key_tile *keys, const word *Qt, const tile_view *view, float *raw)
 {
     for (int lane = 0; lane < view->lanes; lane += 32) {
@@ -467,8 +502,10 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     const int64_t group = a->heads / a->kv_heads, count = t.J1 - t.J0;
     float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     double rowsum[TILE] = { 0 };
-    const bool memory = a->selective && a->tau > 0.0;
+    const bool memory = a->selective && a->tau > 0.0, bilinear = attention_bilinear(a);
+    word *const sel_qt = (word *)(w->scratch + p->sel_qt);
 
+    if (bilinear) transpose_selecting(w, &t, sel_qt);
     for (int64_t n0 = 0; n0 < count; n0 += SUPER) {
         const int64_t n1 = n0 + SUPER < count ? n0 + SUPER : count;
         for (int64_t h = 0; h < a->heads; h++) {
@@ -486,11 +523,13 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 if (J >= t.fresh && h % group == 0) pack_keys(w, h / group, h / group + 1, J);
                 fetch_next(w, &t, h, n, n0, n1);
                 if (h == 0) {
-                    raw_logits(&w->room, &keys, rows.q, &view, raw);
+                    const key_tile own = selecting_keys(w, J);
+                    raw_logits(&w->room, &own, bilinear ? sel_qt : rows.q, &view, raw);
                     if (a->selective) {
                         select_words(a, raw, NF, carry + col0, t.rows, cols, view.lanes, col0, off);
                         if (memory) add_forgotten(NF, t.rows, cols, off, a->tau * sqrt((double)a->dh), rowsum);
                     }
+                    if (bilinear) raw_logits(&w->room, &keys, rows.q, &view, raw);
                 }
                 attend_tile(&w->room, &keys, &rows, &view, h == 0 ? raw : NULL, a->selective ? NF : NULL, n == 0);
             }
@@ -560,8 +599,8 @@ static void forward_sequence(forward_job *w)
     store_memory(w);
 }
 
-/* The carries of one column tile at the start of every group of row tiles, from head 0 alone.  What the last group of
-   rows adds no other group needs. */
+/* The carries of one column tile at the start of every group of row tiles, from the selection alone.  What the last
+   group of rows adds no other group needs. */
 static void carry_column(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -569,7 +608,7 @@ static void carry_column(const forward_job *w, int64_t J)
     const int64_t j0 = J * TILE, j1 = j0 + TILE < a->i1 ? j0 + TILE : a->i1;
     float *const carry = w->scratch + p->carry, *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     word *const Qt = (word *)(w->scratch + p->qt);
-    const key_tile keys = keys_of(w, 0, J);
+    const key_tile keys = selecting_keys(w, J);
 
     start_carry(w, carry, j0, j1);
     for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
@@ -580,7 +619,7 @@ static void carry_column(const forward_job *w, int64_t J)
 
         if (I % p->group == 0) memcpy(kept, carry + j0, (size_t)(j1 - j0) * sizeof *carry);
         if (J < t.J0 || J >= t.J1 || I == (p->groups - 1) * p->group) continue;
-        transpose_words(Qt, q_of(w, &t, 0), a->q_row, t.rows, a->dh);
+        transpose_selecting(w, &t, Qt);
         raw_logits(&w->room, &keys, Qt, &view, raw);
         select_words(a, raw, F, carry + j0, t.rows, (int)(j1 - j0), view.lanes, j0, off);
     }

@@ -15,7 +15,7 @@ typedef struct {
     const word *k, *v;        /* [TILE][dh / PAIR] */
     const word *pairs;        /* k by pairs of keys, [TILE_WORDS][dh]; float32: k */
     float *dk, *dv;           /* [TILE][dh] */
-} gradient_keys;
+} gradient_keys;   /* what only selects has no v and dv, its rows no dO, lse and delta */
 
 /* TILE queries of one head. */
 typedef struct {
@@ -176,9 +176,9 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
                         t->zk + (j0 + r) / PAIR * TILE + lane);
 }
 
-/* P and dZ of one tile of one head.  L0: head 0's logits where they are known, NF: -F, G: += dZ, or = dZ where fresh
-   (all [j][TILE], NULL where there is none); Z0: where head 0's dZ goes, as floats, to be changed before it becomes
-   words, else NULL. */
+/* P and dZ of one tile of one head.  L0: its logits where they are known, NF: -F, G: += dZ, or = dZ where fresh (all
+   [j][TILE], NULL where there is none); Z0: where dZ of the head that selects goes, as floats, to be changed before it
+   becomes words, else NULL. */
 APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
                            const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
                            float *Z0)
@@ -190,8 +190,8 @@ APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradie
     }
 }
 
-/* Head 0's dZ (floats [j][TILE]) plus what comes through F: dF = -G, summed over later rows, passes where S took the
-   logit.  Leaves it as words; dcarry [cols] moves on. */
+/* dZ (floats [j][TILE]: head 0's, or zeros) plus what comes through F: dF = -G, summed over later rows, passes where S
+   took the logit L0.  Leaves it as words; dcarry [cols] moves on. */
 APART void selection_words(const sel_attention *a, const gradient_tile *t, const float *L0, const float *G, float *Z0,
                             float *dcarry)
 {
@@ -266,14 +266,14 @@ APART void sum_over_queries(gradient_room *m, int n, const query_sum *part, int 
             else query_sum_block(1, dh, n, part, j0, d, C, fresh, &m->next);
 }
 
-/* dV and dK of a column tile from n tiles of queries. */
+/* dV, where there are values, and dK of a column tile from n tiles of queries. */
 static void key_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_rows *const *rows,
                           const gradient_keys *keys, bool fresh)
 {
     query_sum part[SIDE] = { { .A = NULL } };
     for (int i = 0; i < n; i++)
         part[i] = (query_sum){ .A = t[i]->p, .B = rows[i]->dout, .off = t[i]->view.off, .rows = t[i]->rows };
-    sum_over_queries(m, n, part, t[0]->cols, keys->dv, fresh);
+    if (keys->dv) sum_over_queries(m, n, part, t[0]->cols, keys->dv, fresh);
     for (int i = 0; i < n; i++) {
         part[i].A = t[i]->z;
         part[i].B = rows[i]->q;

@@ -109,11 +109,27 @@ INLINE const word *value_rows(const sel_attention *a, int64_t b, const float *pa
 #endif
 }
 
-/* Keys and values of positions [j0, j1) by row, rounded; float32 needs none. */
+/* Where the keys that S is made of lie, by row: head 0's, or sel_k. */
+INLINE const word *selecting_key_rows(const sel_attention *a, const words_plan *p, int64_t b, const float *pack,
+                                      int64_t *stride)
+{
+    if (!attention_bilinear(a)) return key_rows(a, b, pack, p->k, 0, stride);
+#if WORD_BF16
+    *stride = a->dh / 2;
+    return (const word *)(pack + p->sel_k);
+#else
+    *stride = a->sel_k_row;
+    return (const word *)(a->sel_k + b * a->sel_k_seq);
+#endif
+}
+
+/* Keys (sel_k, too) and values of positions [j0, j1) by row, rounded; float32 needs none. */
 static void pack_live(const sel_attention *a, const words_plan *p, int64_t b, float *pack, int64_t j0, int64_t j1)
 {
 #if WORD_BF16
     const int64_t n = a->dh, size = a->i1 * n / 2;
+    for (int64_t j = j0; j < j1 && attention_bilinear(a); j++)
+        row_words((word *)(pack + p->sel_k) + j * n / 2, a->sel_k + b * a->sel_k_seq + j * a->sel_k_row, n);
     for (int64_t j = j0; j < j1; j++)
         for (int64_t kh = 0; kh < a->kv_heads; kh++) {
             row_words((word *)(pack + p->k) + kh * size + j * n / 2, a->k + b * a->k_seq + j * a->k_row + kh * n, n);
@@ -142,6 +158,17 @@ static key_tile gather_forward(const forward_job *w, int64_t h, const int32_t *k
     return (key_tile){ .k = k, .v = v, .k_row = dh / PAIR, .v_row = dh };
 }
 
+/* The keys that S is made of, without values, beside them. */
+static key_tile gather_selecting(const forward_job *w, const int32_t *keys, int cols)
+{
+    const int64_t dh = w->a->dh;
+    word *const k = (word *)(w->scratch + w->p->kt) + TILE * dh;
+    int64_t stride;
+    const word *const rows = selecting_key_rows(w->a, w->p, w->b, w->pack, &stride);
+    gather_rows(k, rows, stride, dh / PAIR, keys, cols);
+    return (key_tile){ .k = k, .k_row = dh / PAIR };
+}
+
 /* Asks for the next tile's, `left` keys from `keys` on. */
 static void fetch_live(const forward_job *w, int64_t h, const int32_t *keys, int64_t left)
 {
@@ -163,8 +190,10 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, 
     const int64_t before = live->old + t.row0 - live->row0, count = before + t.rows, dead = live->row0 - live->old;
     float *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     double rowsum[TILE] = { 0 };
-    const bool memory = a->tau > 0.0;
+    const bool memory = a->tau > 0.0, bilinear = attention_bilinear(a);
+    word *const sel_qt = (word *)(w->scratch + p->sel_qt);
 
+    if (bilinear) transpose_selecting(w, &t, sel_qt);
     for (int64_t block = 0; block < count; block += SUPER * TILE)
         for (int64_t h = 0; h < a->heads; h++) {
             const head_rows rows = rows_of(w, h);
@@ -189,10 +218,12 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_keys *live, 
                 if (h == 0) {
                     float here[TILE];
                     for (int j = 0; j < cols; j++) here[j] = carry[keys[j]];
-                    raw_logits(&w->room, &o, rows.q, &view, raw);
+                    const key_tile own = bilinear ? gather_selecting(w, keys, cols) : o;
+                    raw_logits(&w->room, &own, bilinear ? sel_qt : rows.q, &view, raw);
                     select_words(a, raw, NF, here, t.rows, cols, view.lanes, col0, off);
                     for (int j = 0; j < cols; j++) carry[keys[j]] = here[j];
                     if (memory) add_forgotten(NF, t.rows, cols, off, a->tau * sqrt((double)a->dh), rowsum);
+                    if (bilinear) raw_logits(&w->room, &o, rows.q, &view, raw);
                 }
                 attend_tile(&w->room, &o, &rows, &view, h == 0 ? raw : NULL, NF, col0 == 0);
             }
@@ -234,7 +265,7 @@ static void forward_sequence_live(forward_job *w)
     if (w->a->live) w->a->live[w->b] = w->live;
 }
 
-/* The carries of one column tile at the start of every group, from head 0 alone. */
+/* The carries of one column tile at the start of every group, from the selection alone. */
 static void carry_column_live(const forward_job *w, int64_t J)
 {
     const sel_attention *a = w->a;
@@ -246,7 +277,7 @@ static void carry_column_live(const forward_job *w, int64_t J)
     int32_t keys[TILE] = { 0 };
 
     for (int64_t j = j0; j < j1; j++) keys[j - j0] = (int32_t)j;
-    const key_tile o = gather_forward(w, 0, keys, (int)(j1 - j0));
+    const key_tile o = gather_selecting(w, keys, (int)(j1 - j0));
     start_carry(w, carry, j0, j1);
     for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
         const row_tile t = row_tile_of(w, I);
@@ -263,7 +294,7 @@ static void carry_column_live(const forward_job *w, int64_t J)
             alive += !(began[j] > limit);
         }
         if (!alive) continue;
-        transpose_words(Qt, q_of(w, &t, 0), a->q_row, t.rows, a->dh);
+        transpose_selecting(w, &t, Qt);
         raw_logits(&w->room, &o, Qt, &view, raw);
         select_words(a, raw, F, here, t.rows, (int)(j1 - j0), view.lanes, j0, off);
         for (int64_t j = j0; j < j1; j++)
@@ -359,6 +390,22 @@ static gradient_keys gather_backward(const backward_job *w, int64_t kh, const in
     return o;
 }
 
+/* The same for what S is made of, where it has rows of its own: without values, and not by row. */
+static gradient_keys gather_selecting_pairs(const backward_job *w, const int32_t *keys, int cols, int side)
+{
+    const sel_attention *a = w->a;
+    const int64_t dh = a->dh, at = side * TILE * dh;
+    word *const pairs = (word *)(w->scratch + w->p->pt) + at;
+    int64_t stride;
+    const word *const rows = selecting_key_rows(a, w->p, w->b, w->pack, &stride);
+#if WORD_BF16
+    gather_pairs(pairs, rows, stride, dh, keys, cols);
+#else
+    gather_rows(pairs, rows, stride, dh, keys, cols);
+#endif
+    return (gradient_keys){ .pairs = pairs, .dk = w->scratch + w->p->dk + at };
+}
+
 /* Rows keys[j] of `to` += scale * from [cols][n] */
 static void scatter_add(float *to, int64_t stride, const float *from, int64_t n, float scale, const int32_t *keys,
                         int cols)
@@ -379,6 +426,23 @@ typedef struct {
     float *dcarry;                /* [i1], of the sequence */
 } live_tiles;
 
+/* What comes through F in tile t, the c-th of those, of row tile I: dZ at Z0 becomes words. */
+static void select_gradients_live(const backward_job *w, const live_tiles *u, const gradient_tile *t, int64_t I,
+                                  int64_t c, float *Z0)
+{
+    const sel_attention *a = w->a;
+    const words_plan *p = w->p;
+    const int32_t *const list = u->live->keys + t->col0;
+    const int64_t at = (c * p->group + I - u->group * p->group) * TILE * TILE;
+    float *const G = w->scratch + p->g + c * TILE * TILE;
+    float here[TILE];
+
+    for (int j = 0; j < t->cols; j++) here[j] = u->dcarry[list[j]];
+    if (a->tau > 0.0 && w->g->memory_coef != 0.0f) add_memory(w, t, a->i0 + I * TILE, w->scratch + p->f + at, G);
+    selection_words(a, t, w->scratch + p->l0 + at, G, Z0, here);
+    for (int j = 0; j < t->cols; j++) u->dcarry[list[j]] = here[j];
+}
+
 /* One head over one row tile and those tiles. */
 static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h)
 {
@@ -387,6 +451,7 @@ static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h
     const words_plan *p = w->p;
     const int64_t square = TILE * TILE, dh = a->dh, kh = h * a->kv_heads / a->heads, I0 = u->group * p->group;
     const gradient_rows rows = rows_at(w, h, I), *const of_rows = &rows;
+    const bool selecting = h == 0 && !attention_bilinear(a);
     float *const Z0 = w->scratch + p->raw;
 
     if (u->opens && h && !w->shared) pack_rows(w, h, I);
@@ -406,15 +471,9 @@ static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h
             float *const G = w->scratch + p->g + c * square;
 
             keys[n] = gather_backward(w, kh, list, tiles[n].cols, n);
-            tile_gradients(&w->room, &tiles[n], &keys[n], &rows, h ? NULL : L0, NF, G, h == 1 || a->heads == 1,
-                           h ? NULL : Z0);
-            if (h == 0) {
-                float here[TILE];
-                for (int j = 0; j < tiles[n].cols; j++) here[j] = u->dcarry[list[j]];
-                if (a->tau > 0.0 && g->memory_coef != 0.0f) add_memory(w, &tiles[n], a->i0 + I * TILE, NF, G);
-                selection_words(a, &tiles[n], L0, G, Z0, here);
-                for (int j = 0; j < tiles[n].cols; j++) u->dcarry[list[j]] = here[j];
-            }
+            tile_gradients(&w->room, &tiles[n], &keys[n], &rows, selecting ? L0 : NULL, NF, G, h == 1 || a->heads == 1,
+                           selecting ? Z0 : NULL);
+            if (selecting) select_gradients_live(w, u, &tiles[n], I, c, Z0);
             t[n] = &tiles[n];
             of[n] = &keys[n];
             key_gradients(&w->room, 1, &t[n], &of_rows, &keys[n], true);
@@ -427,7 +486,30 @@ static void live_head(backward_job *w, const live_tiles *u, int64_t I, int64_t h
     }
 }
 
-/* Head 0's logits and -F of the c-th of some tiles in all row tiles of a group, upwards from the saved carry. */
+/* A selection with rows of its own, after all heads: what comes through F, to dsel_q and dsel_k alone. */
+static void live_selection(backward_job *w, const live_tiles *u, int64_t I)
+{
+    const sel_attention_grad *g = w->g;
+    const int64_t dh = w->a->dh;
+    const gradient_rows rows = selecting_rows_at(w, I), *const of_rows = &rows;
+    float *const Z0 = w->scratch + w->p->raw;
+
+    for (int64_t c = 0; c < u->count; c++) {
+        const gradient_tile tile = live_tile(w, u->live, I, u->first + c * u->step, 0), *const t = &tile;
+        if (tile.cols <= 0) continue;
+        const int32_t *const list = u->live->keys + tile.col0;
+        const gradient_keys keys = gather_selecting_pairs(w, list, tile.cols, 0), *const of = &keys;
+
+        memset(Z0, 0, TILE * TILE * sizeof *Z0);
+        select_gradients_live(w, u, t, I, c, Z0);
+        key_gradients(&w->room, 1, &t, &of_rows, &keys, true);
+        scatter_add(g->dsel_k + w->b * g->dsel_k_seq, g->dsel_k_row, keys.dk, dh, (float)(1.0 / sqrt((double)dh)), list,
+                    tile.cols);
+        query_gradients(&w->room, 1, &t, &of, rows.dq, u->opens && c == 0);
+    }
+}
+
+/* The selecting logits and -F of the c-th of some tiles in all row tiles of a group, upwards from the saved carry. */
 static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
 {
     const sel_attention *a = w->a;
@@ -440,7 +522,7 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     float carry[TILE];
     int64_t stride;
     word *const k = (word *)(w->scratch + p->kt);
-    const word *const rows = key_rows(a, w->b, w->pack, p->k, 0, &stride);
+    const word *const rows = selecting_key_rows(a, p, w->b, w->pack, &stride);
 
     gather_rows(k, rows, stride, kw, keys, most);
     for (int j = 0; j < most; j++) carry[j] = saved[keys[j]];
@@ -450,8 +532,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
         float *const L0 = w->scratch + p->l0 + at;
         if (t.cols <= 0) continue;
         for (int v0 = 0; v0 < t.view.lanes; v0 += 32)
-            product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, rows_at(w, 0, I).qt + v0, TILE, L0 + v0, TILE,
-                       true);
+            product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, selecting_rows_at(w, I).qt + v0, TILE, L0 + v0,
+                       TILE, true);
         select_words(a, L0, w->scratch + p->f + at, carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
     }
 }
@@ -470,7 +552,9 @@ static void backward_group_live(backward_job *w, int64_t group, int thread, int 
     for (int64_t I = I0; I < I1; I++) {
         if (!w->shared) pack_rows(w, 0, I);
         /* A row tile may see none of the tiles that come first, or this thread's. */
-        if (w->shared || p->group > 1) memset(rows_at(w, 0, I).dq, 0, (size_t)(a->heads * head) * sizeof(float));
+        if (!w->shared && p->group == 1) continue;
+        memset(rows_at(w, 0, I).dq, 0, (size_t)(a->heads * head) * sizeof(float));
+        if (attention_bilinear(a)) memset(selecting_rows_at(w, I).dq, 0, (size_t)head * sizeof(float));
     }
     for (int64_t first = thread; first < tiles; first += p->live_tiles * threads) {
         const int64_t left = (tiles - first + threads - 1) / threads;
@@ -492,10 +576,13 @@ static void backward_group_live(backward_job *w, int64_t group, int thread, int 
                 }
                 live_head(w, &u, I, h);
             }
+            if (attention_bilinear(a)) live_selection(w, &u, I);
         }
     }
-    for (int64_t I = I0; I < I1 && !w->shared; I++)
+    for (int64_t I = I0; I < I1 && !w->shared; I++) {
         for (int64_t h = 0; h < a->heads; h++) store_dq(w, h, I, 1);
+        if (attention_bilinear(a)) store_dsel_q(w, I, 1);
+    }
 }
 
 static void clear_rows(float *x, int64_t row, int64_t n, int64_t j0, int64_t j1)
@@ -518,6 +605,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
         pack_live(a, p, w->b, w->pack, j0, j1);
         clear_rows(g->dk + w->b * g->dk_seq, g->dk_row, width, j0, j1);
         clear_rows(g->dv + w->b * g->dv_seq, g->dv_row, width, j0, j1);
+        if (attention_bilinear(a)) clear_rows(g->dsel_k + w->b * g->dsel_k_seq, g->dsel_k_row, a->dh, j0, j1);
         for (int64_t j = j0; j < j1; j++) dcarry[j] = g->dcarry_in ? g->dcarry_in[w->b * a->carry_seq + j] : 0.0f;
     }
     for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
@@ -531,8 +619,10 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     if (w->shared) {
         #pragma omp barrier
         const backward_job zero = new_backward_job(a, g, p, w->b, 0, 0);
-        for (int64_t I = thread; I < p->tiles; I += threads)
+        for (int64_t I = thread; I < p->tiles; I += threads) {
             for (int64_t h = 0; h < a->heads; h++) store_dq(&zero, h, I, threads);
+            if (attention_bilinear(a)) store_dsel_q(&zero, I, threads);
+        }
     }
     for (int64_t j = thread; g->dcarry_out && j < a->i1; j += threads)
         g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j];

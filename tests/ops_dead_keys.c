@@ -72,9 +72,10 @@ static void check_against_off(const problem *p, const sel_ops *ops, const outcom
     dead_margin = 0.0;
     outcome off = run(p, ops, threads, APART, cuts, n);
     dead_margin = margin;
-    const float *const x[] = { o->out, o->dq, o->dk, o->dv }, *const y[] = { off.out, off.dq, off.dk, off.dv };
-    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p) };
-    for (int c = 0; c < 4; c++) {
+    const float *const x[] = { o->out, o->dq, o->dk, o->dv, o->dsel_q, o->dsel_k };
+    const float *const y[] = { off.out, off.dq, off.dk, off.dv, off.dsel_q, off.dsel_k };
+    const int64_t counts[] = { q_count(p), q_count(p), k_count(p), k_count(p), sel_count(p), sel_count(p) };
+    for (int c = 0; c < 6 && counts[c]; c++) {
         const double r = relative(x[c], y[c], counts[c]);
         CHECK(r <= bound, "%s, %s: result %d differs by %.3g from that without dead keys",
               sel_cpu_level_name(ops->level), p->name, c, r);
@@ -83,10 +84,10 @@ static void check_against_off(const problem *p, const sel_ops *ops, const outcom
     outcome_free(&off);
 }
 
-static void check_case(const sel_ref_attention *a, int s, double margin, int threads, const int64_t *cuts, int n,
-                       uint64_t seed)
+static void check_case(const sel_ref_attention *a, int s, selection_source source, double margin, int threads,
+                       const int64_t *cuts, int n, uint64_t seed)
 {
-    problem p = problem_new(a, s, HEAD0, 1.0, seed);
+    problem p = problem_new(a, s, source, 1.0, seed);
     for (int l = 0; l < levels; l++) {
         dead_margin = margin;
         outcome o = run(&p, &tables[l], threads, n > 1 ? PACKED : APART, cuts, n);
@@ -109,20 +110,22 @@ static void check_cases(bool quick)
         const sel_ref_attention a = { .B = shape[0], .H = shape[1], .Hkv = shape[2], .dh = shape[3], .N = N,
                                       .tau = c % 3 ? 1.0 : 0.0 };
         const int64_t whole[] = { 0, N }, cuts[] = { 0, 131, 320, N };
-        check_case(&a, sets[c / 2], rounding(N), 1 + c % 3, whole, 1, 100 + (uint64_t)c);
-        check_case(&a, sets[c / 2], rounding(N), 1 + c % 3, cuts, 3, 200 + (uint64_t)c);
+        for (selection_source source = HEAD0; source <= BILINEAR; source++) {
+            check_case(&a, sets[c / 2], source, rounding(N), 1 + c % 3, whole, 1, 100 + (uint64_t)c);
+            check_case(&a, sets[c / 2], source, rounding(N), 1 + c % 3, cuts, 3, 200 + (uint64_t)c);
+        }
     }
     const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 3, .dh = 64, .N = 700, .tau = 1.0 };
-    check_case(&a, 1, EXACT, 2, (const int64_t[]){ 0, 700 }, 1, 300);
+    check_case(&a, 1, HEAD0, EXACT, 2, (const int64_t[]){ 0, 700 }, 1, 300);
 }
 
 static bool same(const float *x, const float *y, int64_t n) { return memcmp(x, y, (size_t)n * 4) == 0; }
 
 /* Forward is the same to the bit on any number of threads, backward on the same number. */
-static void check_threads(void)
+static void check_threads(selection_source source)
 {
     const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 1, .dh = 64, .N = 513, .tau = 1.0 };
-    problem p = problem_new(&a, 1, HEAD0, 1.0, 400);
+    problem p = problem_new(&a, 1, source, 1.0, 400);
     const int64_t whole[] = { 0, a.N };
     dead_margin = rounding(a.N);
     for (int l = 0; l < levels; l++) {
@@ -134,7 +137,8 @@ static void check_threads(void)
                       one.m_max[0] == x.m_max[0] && one.m_row[0] == x.m_row[0],
                   "%s: forward on %d threads has other bits", level, t);
             CHECK(same(x.out, y.out, q_count(&p)) && same(x.dq, y.dq, q_count(&p)) && same(x.dk, y.dk, k_count(&p)) &&
-                      same(x.dv, y.dv, k_count(&p)),
+                      same(x.dv, y.dv, k_count(&p)) && same(x.dsel_q, y.dsel_q, sel_count(&p)) &&
+                      same(x.dsel_k, y.dsel_k, sel_count(&p)),
                   "%s: two runs on %d threads differ", level, t);
             outcome_free(&x);
             outcome_free(&y);
@@ -146,7 +150,7 @@ static void check_threads(void)
 }
 
 /* Above 4,096 rows several row tiles share a carry, so a list. */
-static void check_long(int64_t N)
+static void check_long(int64_t N, selection_source source)
 {
     problem p = { .a = { .B = 1, .H = 2, .Hkv = 1, .N = N, .dh = 16, .selective = true, .relu = true,
                          .protect_bos = true, .protect_self = true, .shift = true } };
@@ -155,8 +159,13 @@ static void check_long(int64_t N)
     p.k = float_normals(k_count(&p), 1.0);
     p.v = float_normals(k_count(&p), 1.0);
     p.dout = float_normals(q_count(&p), 1.0);
+    if (source == BILINEAR) {
+        p.sel_q = float_normals(N * p.a.dh, 0.25);
+        p.sel_k = float_normals(N * p.a.dh, 1.0);
+    }
     avoid_kinks(&p);
-    snprintf(p.name, sizeof p.name, "%s N %d", bfloat16 ? "bfloat16" : "float32", (int)N);
+    snprintf(p.name, sizeof p.name, "%s%s N %d", bfloat16 ? "bfloat16" : "float32",
+             source == BILINEAR ? ", bilinear" : "", (int)N);
     for (int l = 0; l < levels; l++) {
         const int64_t whole[] = { 0, N }, cuts[] = { 0, N / 3, N };
         dead_margin = rounding(N);
@@ -172,6 +181,8 @@ static void check_long(int64_t N)
     free(p.k);
     free(p.v);
     free(p.dout);
+    free(p.sel_q);
+    free(p.sel_k);
 }
 
 int main(void)
@@ -182,8 +193,10 @@ int main(void)
     for (int type = 0; type < 2; type++) {
         bfloat16 = type == 1;
         check_cases(quick);
-        check_threads();
-        if (!quick) check_long(4200);
+        for (selection_source source = HEAD0; source <= BILINEAR; source++) {
+            check_threads(source);
+            if (!quick) check_long(4200, source);
+        }
     }
     printf("dead keys: at most %.2f of the bound (float32), %.2f (bfloat16); from those without at most %.2g, %.2g\n",
            worst[0], worst[1], farthest_off[0], farthest_off[1]);
