@@ -51,9 +51,9 @@ typedef struct {
 } sel_host_waiter;
 
 /* One round, which gets longer from a processor's pause to a sleep of milliseconds; a post to `count`, where not NULL,
-   ends the sleep.  `busy`: something else (MPI) needs looking after too, so sleeps stay short.  A rank of this host that
-   has died while others wait for it ends the job after some seconds, in which the launcher may do so first, with a line
-   that names it. */
+   ends the sleep.  `busy`: something else (MPI) needs looking after too, so sleeps stay short.  A rank of this host
+   that has died while others wait for it ends the job after some seconds, in which the launcher may do so first, with a
+   line that names it. */
 void sel_host_pause(sel_comm *c, sel_host_waiter *w, sel_host_count *count, uint32_t value, int busy);
 
 #endif

@@ -28,10 +28,10 @@ typedef struct sel_reducer sel_reducer;
 typedef struct {
     int64_t n;               /* floats of the arrays */
     bool zero;
-    bool bfloat16;           /* gradients travel between hosts as bfloat16: a sum is off by at most 2^-9 of the hosts' terms,
-                                each taken absolutely, and 2^-9 of the result; off the wire all is float32 */
-    bool fixed_tree;         /* the tree over ranks must be the whole binary one, wherever the ranks are: their number is a
-                                power of two, and hosts that do not fit into the tree count as so many single ranks */
+    bool bfloat16;   /* gradients travel between hosts as bfloat16: a sum is off by at most 2^-9 of the hosts' terms,
+                        each taken absolutely, and 2^-9 of the result; off the wire all is float32 */
+    bool fixed_tree; /* the tree over ranks must be the whole binary one, wherever the ranks are: their number is a
+                        power of two, and hosts that do not fit into the tree count as so many single ranks */
     bool no_window;          /* as if no host lent shared memory */
     int threads;             /* that add up */
     int64_t bucket_floats;   /* 0: chosen */

@@ -23,9 +23,11 @@ static void print_json(const sel_bench_results *r, sel_comm *c, int threads)
            sel_comm_size(c), sel_comm_hosts(c));
     for (int i = 0; i < r->results.n; i++) {
         const sel_bench_result *x = &r->results.rows[i];
-        printf("%s\n {\"name\": \"%s\", \"bytes\": %" PRId64 ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d, "
-               "\"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g}", i ? "," : "", x->name, x->bytes, x->threads,
-               x->seconds_median, x->runs, x->gbytes_per_second, x->share_of_copy);
+        printf("%s\n {\"name\": \"%s\", \"bytes\": %" PRId64
+               ", \"threads\": %d, \"seconds_median\": %.6g, \"runs\": %d, "
+               "\"gbytes_per_second\": %.6g, \"share_of_copy\": %.6g}",
+               i ? "," : "", x->name, x->bytes, x->threads, x->seconds_median, x->runs, x->gbytes_per_second,
+               x->share_of_copy);
     }
     printf("]}\n");
 }
@@ -40,11 +42,12 @@ int sel_cmd_bench_mesh(int argc, char **argv)
         {"threads", SEL_OPT_INTEGER, &threads, 1, "T", "threads of a rank that add up and copy (1)"},
         {"json", SEL_OPT_FLAG, &json, 0, NULL, "one JSON object"},
     };
-    const sel_command command = {
-        "selectra bench mesh", "[options]",
-        "Sums, shares and copies of arrays between the ranks of a job (start it under mpirun or srun), beside MPI's own\n"
-        "and beside copies of memory by all ranks at once.  GB/s: bytes of one array over the time of the slowest rank.",
-        options, sizeof options / sizeof options[0]};
+    const sel_command command = {"selectra bench mesh", "[options]",
+                                 "Sums, shares and copies of arrays between the ranks of a job (start it under mpirun "
+                                 "or srun), beside MPI's own\n"
+                                 "and beside copies of memory by all ranks at once.  GB/s: bytes of one array over the "
+                                 "time of the slowest rank.",
+                                 options, sizeof options / sizeof options[0]};
     sel_bench_results out = { 0 };
     sel_comm *c = NULL;
     int n;

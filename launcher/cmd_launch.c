@@ -169,10 +169,12 @@ int sel_cmd_launch(int argc, char **argv)
     const sel_option options[] = {
         { "restarts", SEL_OPT_INTEGER, &l.restarts, 0, "N", "how often at most; default: run.restarts of CONFIG" },
     };
-    const sel_command c = { "selectra launch", "[--restarts N --] mpirun ... selectra train CONFIG [key=value ...]",
-                            "Starts a job, and starts it again when it fails (any status but 0, 2 and 85): `train` goes\n"
-                            "on from its newest intact checkpoint.  TERM, INT, HUP, USR1, USR2 or XCPU: the job saves\n"
-                            "and ends with status 85; a second signal ends it at once.", options, 1 };
+    const sel_command c = {
+        "selectra launch", "[--restarts N --] mpirun ... selectra train CONFIG [key=value ...]",
+        "Starts a job, and starts it again when it fails (any status but 0, 2 and 85): `train` goes\n"
+        "on from its newest intact checkpoint.  TERM, INT, HUP, USR1, USR2 or XCPU: the job saves\n"
+        "and ends with status 85; a second signal ends it at once.",
+        options, 1};
     int options_end = 1, n;
     bool found;
 

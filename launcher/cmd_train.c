@@ -125,13 +125,13 @@ static void show_profile(void *ctx, const sel_profile *p, int64_t steps, double 
 static void usage(void)
 {
     char *keys = NULL;
-    printf(
-        "usage: selectra train CONFIG [key=value ...] [--profile]\n\n"
-        "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
-        "newest intact one.  TERM, INT, HUP, USR1, USR2 or XCPU to any rank: the step is finished and saved, exit status\n"
-        "85.  `selectra launch` starts it again after a failure.\n"
-        "--profile: where rank 0's time went, by part, in a table at the end and in an event of metrics.jsonl.\n\n"
-        "Keys of CONFIG (YAML), each also as key=value:\n\n");
+    printf("usage: selectra train CONFIG [key=value ...] [--profile]\n\n"
+           "Trains to train.steps under mpirun or srun, or alone.  When run.dir holds checkpoints it goes on from the\n"
+           "newest intact one.  TERM, INT, HUP, USR1, USR2 or XCPU to any rank: the step is finished and saved, exit "
+           "status\n"
+           "85.  `selectra launch` starts it again after a failure.\n"
+           "--profile: where rank 0's time went, by part, in a table at the end and in an event of metrics.jsonl.\n\n"
+           "Keys of CONFIG (YAML), each also as key=value:\n\n");
     if (sel_config_help(&keys) == SEL_OK) fputs(keys, stdout);
     free(keys);
 }

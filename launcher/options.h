@@ -45,8 +45,8 @@ bool sel_options_speaks(void);
 __attribute__((format(printf, 2, 3)))
 int sel_options_mistake(const sel_command *c, const char *fmt, ...);
 
-/* Parses, and counts the other arguments: at least `least`, at most `most` (-1: any number).  -1 to go on, else the exit
-   status of a mistake, which has been said, or of --help. */
+/* Parses, and counts the other arguments: at least `least`, at most `most` (-1: any number).  -1 to go on, else the
+   exit status of a mistake, which has been said, or of --help. */
 int sel_options_begin(const sel_command *c, int argc, char **argv, int least, int most, int *n_positional);
 
 /* Says the line of a failure, as sel_options_mistake does; returns the exit status for it. */

@@ -69,8 +69,8 @@ typedef struct {
     double *m_max;
     int64_t *m_row;
 
-    /* Dead keys (spec, section 3.1), where dead_after [B] is given: a key whose F has passed dead_after[b] where a group
-       of row tiles begins is left out from there on: P = 0, no gradient, F stays as it was.  Thresholds from
+    /* Dead keys (spec, section 3.1), where dead_after [B] is given: a key whose F has passed dead_after[b] where a
+       group of row tiles begins is left out from there on: P = 0, no gradient, F stays as it was.  Thresholds from
        attention_gap (ops.h); at least tau; the same in all calls that share a sequence, backward included.
        Needs relu and no window.  live [B], NULL: not wanted: pairs (i, j <= i) of a row and a live key.
        carry_out of a dead key is a lower bound. */

@@ -25,8 +25,8 @@ static float own_selection(const sel_attention *a, int64_t b, int64_t i, float s
     return s > 0.0f ? s : 0.0f;
 }
 
-/* The largest gap of head h of sequence b: |q| max |k| / sqrt(dh) bounds every logit of a row; its own token's and BOS's
-   are there with F = 0 (the own token's F is its own S where neither shift nor protect_self is on). */
+/* The largest gap of head h of sequence b: |q| max |k| / sqrt(dh) bounds every logit of a row; its own token's and
+   BOS's are there with F = 0 (the own token's F is its own S where neither shift nor protect_self is on). */
 static float head_gap(const sel_attention *a, int64_t b, int64_t h)
 {
     const int64_t dh = a->dh, kh = h * a->kv_heads / a->heads;

@@ -302,7 +302,8 @@ INLINE __mmask16 selects(const sel_attention *a, int v, int j, int64_t col0, int
     return lanes;
 }
 
-/* Selection of a tile: from what it is made of, logits [j][TILE], to -F; carry [cols] of its columns moves on past its rows. */
+/* Selection of a tile: from what it is made of, logits [j][TILE], to -F; carry [cols] of its columns moves on past its
+ * rows. */
 static void select_words(const sel_attention *a, const float *raw, float *NF, float *carry, int rows, int cols,
                          int lanes, int64_t col0, int64_t off)
 {

@@ -67,8 +67,9 @@ static gradient_rows selecting_rows_at(const backward_job *w, int64_t I)
     const words_plan *p = w->p;
     const int64_t size = TILE * w->a->dh, at = I * size / PAIR;
     if (!attention_bilinear(w->a)) return rows_at(w, 0, I);
-    return (gradient_rows){ .qt = (const word *)(w->pack + p->sel_qt_all) + at,
-                            .q = (const word *)(w->pack + p->sel_q_rows) + at, .dq = w->scratch + p->dsel_q + I * size };
+    return (gradient_rows){.qt = (const word *)(w->pack + p->sel_qt_all) + at,
+                           .q = (const word *)(w->pack + p->sel_q_rows) + at,
+                           .dq = w->scratch + p->dsel_q + I * size};
 }
 
 /* n values of each of TILE rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */

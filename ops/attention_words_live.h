@@ -30,7 +30,8 @@ static live_keys list_live(int32_t *keys, const float *carry, float limit, int64
         const __mmask16 here = (__mmask16)(row0 - j < V16 ? 0xffff >> (V16 - (row0 - j)) : 0xffff);
         const __mmask16 live = _mm512_mask_cmp_ps_mask(here, _mm512_maskz_loadu_ps(here, carry + j),
                                                        _mm512_set1_ps(limit), _CMP_NGT_UQ);   /* NaN lives */
-        _mm512_storeu_si512(keys + n, _mm512_maskz_compress_epi32(live, _mm512_add_epi32(step, _mm512_set1_epi32((int)j))));
+        _mm512_storeu_si512(keys + n,
+                            _mm512_maskz_compress_epi32(live, _mm512_add_epi32(step, _mm512_set1_epi32((int)j))));
         n += __builtin_popcount(live);
     }
     const live_keys l = { .keys = keys, .old = n, .row0 = row0 };
@@ -73,9 +74,11 @@ static void gather_pairs(word *to, const word *from, int64_t stride, int64_t n, 
         for (int64_t d = 0; d < n; d += 16) {
             __m512i low = _mm512_setzero_si512(), high = low;
             if (j < cols)
-                low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j] * stride + d / 2)));
+                low = _mm512_cvtepu16_epi32(
+                    _mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j] * stride + d / 2)));
             if (j + 1 < cols)
-                high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j + 1] * stride + d / 2)));
+                high = _mm512_cvtepu16_epi32(
+                    _mm256_loadu_si256((const __m256i *)(const void *)(from + keys[j + 1] * stride + d / 2)));
             _mm512_storeu_si512(to + j / 2 * n + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
 }

@@ -70,9 +70,12 @@ sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c)
                           (by == SEL_BY_MATMUL || (by == SEL_BY_INNER && p == SEL_LINEAR_WEIGHT) ||
                            (by == SEL_BY_BLAS && e->dtype == SEL_FLOAT32));
         if (!fits)
-            return sel_fail(SEL_EUSER, "linear layer %" PRId64 " x %" PRId64 ": \"%.3s\" names what cannot make its %s "
-                            "products: m (oneDNN's matmul), i (its inner product, the third letter only) or b (OpenBLAS, "
-                            "float32 only)", c->out, c->in, c->by, e->dtype == SEL_FLOAT32 ? "float32" : "bfloat16");
+            return sel_fail(
+                SEL_EUSER,
+                "linear layer %" PRId64 " x %" PRId64 ": \"%.3s\" names what cannot make its %s "
+                "products: m (oneDNN's matmul), i (its inner product, the third letter only) or b (OpenBLAS, "
+                "float32 only)",
+                c->out, c->in, c->by, e->dtype == SEL_FLOAT32 ? "float32" : "bfloat16");
     }
     sel_linear_choice *place = choice_find(e, c->out, c->in);
     if (!place) {

@@ -41,12 +41,13 @@ typedef struct {
 } sel_linear_choice;
 
 /* For a oneDNN engine, before any matrix of that shape is made: who makes its products from now on.  Where nothing
-   was chosen: oneDNN's matmul, or, for the weight gradient of a matrix with more columns than rows, its inner product.  SEL_EUSER for a letter that does not fit the pass or the type. */
+   was chosen: oneDNN's matmul, or, for the weight gradient of a matrix with more columns than rows, its inner product.
+   SEL_EUSER for a letter that does not fit the pass or the type. */
 sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c);
 
-/* Measures all that may make the products of a matrix [c->out][c->in] with `rows` rows and writes the fastest into c->by:
-   another than matmul only where it is 3% faster.  Leaves the engine as it was.  A fraction of a second for each 10^10
-   FLOPs of a product. */
+/* Measures all that may make the products of a matrix [c->out][c->in] with `rows` rows and writes the fastest into
+   c->by: another than matmul only where it is 3% faster.  Leaves the engine as it was.  A fraction of a second for each
+   10^10 FLOPs of a product. */
 sel_status sel_linear_probe(sel_linear_engine *e, int64_t rows, sel_linear_choice *c);
 
 /* Room for a matrix [out][in]; backward false leaves out what only gradients need. */

@@ -112,7 +112,8 @@ static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *pd, dnnl_engine_t en
     return rc;
 }
 
-/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add; w: any descriptor of the weights. */
+/* dw [out][in] = dy^T x by the inner product's own backward pass, which cannot add; w: any descriptor of the weights.
+ */
 static dnnl_status_t describe_inner_weight(dnnl_primitive_desc_t *pd, dnnl_engine_t engine, desc x, desc dy, desc dw,
                                            desc w)
 {

@@ -512,7 +512,7 @@ static void check_outcome(const problem *p, const sel_ops *ops, const char *how,
     CHECK(o->damage == 0, "%s, %s, %s: %lld values written outside the outputs", sel_cpu_level_name(ops->level),
           p->name, how, (long long)o->damage);
     if (!a->selective) return;
-    if (dead_margin == 0.0) check_near(p, ops, how, "carry", SUM, o->carry, p->r.carry, a->B * a->N);   /* else frozen */
+    if (dead_margin == 0.0) check_near(p, ops, how, "carry", SUM, o->carry, p->r.carry, a->B * a->N); /* else frozen */
     check_near(p, ops, how, "dcarry", PRODUCT, o->dcarry, p->r.dcarry, a->B * a->N);
     if (p->sel_q) {
         /* dF is a sum over heads that cancels where rows are few: no smaller than a head's dq or dk. */

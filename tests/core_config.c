@@ -359,8 +359,9 @@ static void test_emit(void)
     CHECK_OK(parse(full_file, NULL));
     CHECK(config.train.lr == 3e-3 && config.train.clip == 0 && config.checkpoint.every_minutes == 7.5, "numbers");
     CHECK(config.compute.linear_backend == SEL_BACKEND_OPENBLAS && strcmp(config.compute.cpu, "avx2") == 0, "choices");
-    CHECK(config.dist.on_nan == SEL_ON_NAN_SKIP && config.dist.nan_rollback == 7 && config.dist.watchdog_seconds == 20 &&
-          config.run.restarts == 3, "failures");
+    CHECK(config.dist.on_nan == SEL_ON_NAN_SKIP && config.dist.nan_rollback == 7 &&
+              config.dist.watchdog_seconds == 20 && config.run.restarts == 3,
+          "failures");
     same_again("full file");
     CHECK_OK(parse("model.d: 4\ncompute: {linear_backend: auto, linear_choice: 'qkv=mmi,o_proj=mbm'}\n", NULL));
     CHECK(config.compute.linear_backend == SEL_BACKEND_AUTO &&

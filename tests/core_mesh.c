@@ -97,8 +97,8 @@ static void test_buckets(void)
                     for (int k = 0; k < b.buckets; k++) {
                         int64_t begin, end, part_begin, part_end, at, stop, next;
                         sel_buckets_bucket(&b, k, &begin, &end);
-                        CHECK(end == below && begin < end && begin % SEL_BLOCK == 0, "bucket %d of %lld: %lld to %lld", k,
-                              (long long)n, (long long)begin, (long long)end);
+                        CHECK(end == below && begin < end && begin % SEL_BLOCK == 0, "bucket %d of %lld: %lld to %lld",
+                              k, (long long)n, (long long)begin, (long long)end);
                         below = next = begin;
                         for (int p = 0; p < parts; p++) {
                             sel_buckets_part(&b, k, p, &part_begin, &part_end);

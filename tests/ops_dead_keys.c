@@ -103,7 +103,7 @@ static void check_case(const sel_ref_attention *a, int s, selection_source sourc
 static void check_cases(bool quick)
 {
     static const int sets[] = { 1, 3, 4, 5, 6 };    /* those with relu */
-    static const int64_t shapes[][4] = { { 1, 3, 1, 64 }, { 2, 4, 2, 32 }, { 3, 2, 2, 16 }, { 1, 1, 1, 64 }, { 2, 3, 3, 40 } };
+    static const int64_t shapes[][4] = {{1, 3, 1, 64}, {2, 4, 2, 32}, {3, 2, 2, 16}, {1, 1, 1, 64}, {2, 3, 3, 40}};
     for (int c = 0; c < 10; c++) {
         if (quick && c % 3) continue;
         const int64_t N = c % 2 ? 513 : 400, *const shape = shapes[c % 5];

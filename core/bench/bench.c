@@ -143,8 +143,8 @@ static void rate(sel_bench_result *row, double flops, double bytes, const sel_be
 }
 
 /* The parts of a case that took time: seconds [SEL_N_PARTS][runs]. */
-static sel_status append_parts(const sel_bench *b, const sel_bench_case *c, double *seconds, const sel_bench_result *whole,
-                               sel_bench_results *out)
+static sel_status append_parts(const sel_bench *b, const sel_bench_case *c, double *seconds,
+                               const sel_bench_result *whole, sel_bench_results *out)
 {
     for (int p = 0; p < SEL_N_PARTS; p++) {
         const sel_part_sum *const sum = &c->profile->parts[p];

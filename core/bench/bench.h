@@ -96,8 +96,8 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
 sel_status sel_bench_step(const sel_bench *b, const sel_config *c, int64_t vocab, sel_bench_results *out);
 
 /* What the ranks can move, on an array of `bytes` bytes each: copies by all of them at once, all-reduce in the host,
-   between hosts and over both, reduce-scatter and all-gather (as dist.zero does), and MPI's own; the smallest all-reduce
-   of each ("latency"), 4 bytes.  Seconds: of the slowest rank, median of the rounds.  [collective] */
+   between hosts and over both, reduce-scatter and all-gather (as dist.zero does), and MPI's own; the smallest
+   all-reduce of each ("latency"), 4 bytes.  Seconds: of the slowest rank, median of the rounds.  [collective] */
 sel_status sel_bench_mesh(sel_comm *c, int64_t bytes, int runs, int threads, sel_bench_results *out);
 
 #endif

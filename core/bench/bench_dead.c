@@ -33,8 +33,8 @@ static sel_status backward(void *ctx)
     return SEL_OK;
 }
 
-/* Head 0 of q and k such that a key lives with probability p and else is masked by the row after it: the first half of a
-   head is below 0 in every product, the second holds one value a masked key, which the next row looks for. */
+/* Head 0 of q and k such that a key lives with probability p and else is masked by the row after it: the first half of
+   a head is below 0 in every product, the second holds one value a masked key, which the next row looks for. */
 static void choose_victims(float *q, float *k, int64_t B, int64_t N, int64_t row, int64_t dh, double p, uint64_t seed)
 {
     const float spike = sqrtf(MASKED_BY * sqrtf((float)dh)), small = 1.0f / (float)dh;
@@ -58,13 +58,15 @@ static void choose_victims(float *q, float *k, int64_t B, int64_t N, int64_t row
 sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
                                sel_bench_results *out)
 {
-    static const struct { const char *kind; double share; } shares[] = {
-        { "all keys", 1.0 }, { "live 1/2", 1.0 / 2 }, { "live 1/4", 1.0 / 4 }, { "live 1/8", 1.0 / 8 }, { "live 1/16", 1.0 / 16 },
+    static const struct { const char *kind; double share;
+    } shares[] = {
+        {"all keys", 1.0}, {"live 1/2", 1.0 / 2}, {"live 1/4", 1.0 / 4}, {"live 1/8", 1.0 / 8}, {"live 1/16", 1.0 / 16},
     };
     enum { V, OUT, DOUT, DQ, DK, DV, ARRAYS, CASES = sizeof shares / sizeof shares[0] };
     const int64_t row = heads * dh, seq = N * row, n = batch * seq, tiles = (N + TILE_ROWS - 1) / TILE_ROWS;
     /* A row tile's own keys are alive in it. */
-    const double pairs = (double)N * (double)(N + 1) / 2.0, own = (double)(tiles * TILE_ROWS * (TILE_ROWS + 1) / 2) / pairs;
+    const double pairs = (double)N * (double)(N + 1) / 2.0,
+                 own = (double)(tiles * TILE_ROWS * (TILE_ROWS + 1) / 2) / pairs;
     float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
     float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
     void *workspace = NULL;
@@ -84,7 +86,8 @@ sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, in
         if (!t[i].q || !t[i].k || !t[i].dead_after || !t[i].live) rc = SEL_ENOMEM;
     }
     for (int i = 0; rc == SEL_OK && i < CASES; i++) {
-        const double p = (shares[i].share - own) / (1.0 - own), flops = 4.0 * (double)dh * pairs * (double)(heads * batch);
+        const double p = (shares[i].share - own) / (1.0 - own),
+                     flops = 4.0 * (double)dh * pairs * (double)(heads * batch);
         choose_victims(t[i].q, t[i].k, batch, N, row, dh, p, (uint64_t)i);
         for (int64_t s = 0; s < batch; s++) t[i].dead_after[s] = DEAD_AFTER;
         t[i].ops = b->ops;

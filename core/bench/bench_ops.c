@@ -25,7 +25,8 @@ static sel_status rmsnorm_forward(void *ctx)
 static sel_status rmsnorm_backward(void *ctx)
 {
     data *d = ctx;
-    d->ops->rmsnorm_backward(d->y, d->y, NULL, NULL, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D, d->threads);
+    d->ops->rmsnorm_backward(d->y, d->y, NULL, NULL, d->w + d->D, d->x, d->p, d->rstd, d->w, d->scratch, d->rows, d->D,
+                             d->threads);
     return SEL_OK;
 }
 static sel_status headnorm_forward(void *ctx)

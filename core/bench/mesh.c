@@ -116,7 +116,8 @@ static sel_status measure(bench *b, sel_comm *c, mesh_case *cases, int n, int ru
         SEL_TRY(sel_bench_append(&out->results, &row));
     }
     const double copy = out->results.rows[out->results.n - n].gbytes_per_second;
-    for (int i = out->results.n - n; i < out->results.n; i++) out->results.rows[i].share_of_copy = out->results.rows[i].gbytes_per_second / copy;
+    for (int i = out->results.n - n; i < out->results.n; i++)
+        out->results.rows[i].share_of_copy = out->results.rows[i].gbytes_per_second / copy;
     return SEL_OK;
 }
 

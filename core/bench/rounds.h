@@ -19,7 +19,8 @@ enum { SEL_YARD_PEAK = 1, SEL_YARD_COPY = 2 };
 /* Bytes that the yardsticks hold. */
 size_t sel_bench_yard_bytes(const sel_bench *b, int yards);
 
-/* Runs every case once a round beside the yardsticks and appends a row of medians for each, and for each of its parts. */
+/* Runs every case once a round beside the yardsticks and appends a row of medians for each, and for each of its parts.
+ */
 sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int n, int yards, sel_bench_results *out);
 
 /* n numbers, roughly unit normal; NULL when there is no memory. */

@@ -33,8 +33,8 @@ typedef struct {
 sel_status sel_checkpoint_save(sel_comm *c, const char *dir, const sel_layout *layout, const sel_checkpoint_info *info,
                                const float *params, const float *exp_avg, const float *exp_avg_sq, int64_t keep);
 
-/* What rank `rank` of `size` writes of array 0 (exp_avg) or 1 (exp_avg_sq): floats [*begin, *end) of the layout's array.
-   sel_checkpoint_save reads no others of them. */
+/* What rank `rank` of `size` writes of array 0 (exp_avg) or 1 (exp_avg_sq): floats [*begin, *end) of the layout's
+   array. sel_checkpoint_save reads no others of them. */
 sel_status sel_checkpoint_share(const sel_layout *layout, int rank, int size, int array, int64_t *begin, int64_t *end);
 
 /* What a manifest says; strings and the list are owned by it. */

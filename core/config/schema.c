@@ -59,8 +59,9 @@ const sel_key sel_keys[] = {
     {"attention.memory_loss.tau", SEL_KEY_NUMBER, AT(attention.memory_loss.tau), .min = 1e-6, .max = 1e6, .preset = "1",
      .help = "F at which a token counts as fully masked"},
     {"attention.dead_keys", SEL_KEY_CHOICE, AT(attention.dead_keys), .preset = "rounding",
-     .choices = "off|rounding|exact", .help = "keys masked beyond return are left out: once they are below the last "
-                                              "bit of the sum, or exactly 0; off without relu"},
+     .choices = "off|rounding|exact",
+     .help = "keys masked beyond return are left out: once they are below the last "
+             "bit of the sum, or exactly 0; off without relu"},
 
     {"data.train", SEL_KEY_TEXT, AT(data.train), .preset = "", .no_list = NO_MIXTURE, .help = "packed folder"},
     {"data.validation", SEL_KEY_TEXT, AT(data.validation), .preset = "", .no_list = NO_MIXTURE,
@@ -86,8 +87,8 @@ const sel_key sel_keys[] = {
      .help = "AdamW: of the matrices of linear layers"},
     {"train.clip", SEL_KEY_NUMBER, AT(train.clip), .max = 1e30, .preset = "1",
      .help = "largest global norm of the gradient; 0: off"},
-    {"train.precision", SEL_KEY_CHOICE, AT(train.precision), .preset = "auto",
-     .choices = "float32|bfloat16|auto", .help = "of the operands of matrix products; auto: the faster one, measured"},
+    {"train.precision", SEL_KEY_CHOICE, AT(train.precision), .preset = "auto", .choices = "float32|bfloat16|auto",
+     .help = "of the operands of matrix products; auto: the faster one, measured"},
     {"train.log_every", SEL_KEY_INT, AT(train.log_every), .min = 1, .max = STEPS_MAX, .preset = "10",
      .help = "steps from one row of metrics to the next"},
     {"train.validate_every", SEL_KEY_INT, AT(train.validate_every), .max = STEPS_MAX, .preset = "1000",
@@ -127,11 +128,12 @@ const sel_key sel_keys[] = {
     {"compute.threads", SEL_KEY_INT, AT(compute.threads), .max = 4096, .preset = "0",
      .help = "threads a rank; 0: what the binding allows"},
     {"compute.linear_backend", SEL_KEY_CHOICE, AT(compute.linear_backend), .preset = "onednn",
-     .choices = "onednn|openblas|auto", .help = "library of matrix products; auto: the fastest for each shape, measured"},
+     .choices = "onednn|openblas|auto",
+     .help = "library of matrix products; auto: the fastest for each shape, measured"},
     {"compute.linear_choice", SEL_KEY_TEXT, AT(compute.linear_choice), .preset = "",
      .help = "with auto: who makes each product; empty: measured, and then written here"},
-    {"compute.cpu", SEL_KEY_WORD, AT(compute.cpu), .preset = "auto",
-     .choices = "auto|c|avx2|avx512|avx512bf16", .help = "instruction sets that kernels may use"},
+    {"compute.cpu", SEL_KEY_WORD, AT(compute.cpu), .preset = "auto", .choices = "auto|c|avx2|avx512|avx512bf16",
+     .help = "instruction sets that kernels may use"},
 };
 
 const int sel_n_keys = (int)(sizeof sel_keys / sizeof *sel_keys);

@@ -41,7 +41,8 @@ static const void *qkv_gradient(sel_model *m, const float *params, float *grads,
     /* v, and the selection's own projections behind it */
     if (rounded) ops->round_rows(m->dqkv16 + q + kv, row, m->dqkv + q + kv, row, T, row - q - kv, m->opt.threads);
     sel_profile_lap(m->opt.profile, SEL_PART_QK_NORM_BACKWARD, 0.0,
-                    (double)T * (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)(row - q - kv) : 12.0 * (double)(q + kv)));
+                    (double)T *
+                        (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)(row - q - kv) : 12.0 * (double)(q + kv)));
     return dq;
 }
 

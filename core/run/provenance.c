@@ -100,9 +100,9 @@ static json_t *make_entry(const sel_provenance *p)
                      " s:o}",
                      "time", now, "program", text(p->program), "commit", text(p->commit), "compiler", text(p->compiler),
                      "build", text(p->build), "command", text(p->command), "libraries", libraries, "precision",
-                     text(p->precision), "ranks", p->ranks, "threads", p->threads, "hosts", p->hosts, "host_names", list(p->host_names), "processor",
-                     text(p->cpu), "processor_level", text(p->cpu_level), "kernel", text(kernel), "environment",
-                     environment(), "seed", seed, "resumed_from",
+                     text(p->precision), "ranks", p->ranks, "threads", p->threads, "hosts", p->hosts, "host_names",
+                     list(p->host_names), "processor", text(p->cpu), "processor_level", text(p->cpu_level), "kernel",
+                     text(kernel), "environment", environment(), "seed", seed, "resumed_from",
                      p->resumed_from < 0 ? json_null() : json_integer(p->resumed_from), "corpus_crc32",
                      hash(p->corpus_crc32), "tokenizer_crc32", hash(p->tokenizer_crc32));
 }

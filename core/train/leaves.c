@@ -1,9 +1,9 @@
 /* leaves.c: dist.virtual_ranks: the batch in W leaves, whose gradients are added in one fixed binary tree.
  *
- * A rank has W / R neighbouring leaves.  A leaf's micro-batches are added in order into an array of its own; when a leaf
- * ends, arrays of neighbours are added as the tree has it, like carries of a binary counter: leaf i begins at the depth
- * of the ones in i, and at its end as many levels close as i has trailing ones.  The ranks' sums go on in the same tree
- * (dist/reduce.h).  Without virtual ranks a rank is one leaf.
+ * A rank has W / R neighbouring leaves.  A leaf's micro-batches are added in order into an array of its own; when a
+ * leaf ends, arrays of neighbours are added as the tree has it, like carries of a binary counter: leaf i begins at the
+ * depth of the ones in i, and at its end as many levels close as i has trailing ones.  The ranks' sums go on in the
+ * same tree (dist/reduce.h).  Without virtual ranks a rank is one leaf.
  */
 #include <inttypes.h>
 #include "core/train/trainer.h"
@@ -21,13 +21,16 @@ sel_status sel_leaves_choose(sel_trainer *t)
     if (!power_of_two(W))
         return sel_fail(SEL_EUSER, "dist.virtual_ranks: %" PRId64 " is not a power of two", W);
     if (!power_of_two(ranks) || W % ranks)
-        return sel_fail(SEL_EUSER, "dist.virtual_ranks: %" PRId64 " leaves cannot be shared out to %d data-parallel ranks; "
-                        "powers of two up to %" PRId64 " would work", W, ranks, W);
+        return sel_fail(SEL_EUSER,
+                        "dist.virtual_ranks: %" PRId64 " leaves cannot be shared out to %d data-parallel ranks; "
+                        "powers of two up to %" PRId64 " would work",
+                        W, ranks, W);
     if (batch % W)
         return sel_fail(SEL_EUSER, "train.batch: %" PRId64 " sequences cannot be cut into the %" PRId64 " leaves of "
                         "dist.virtual_ranks; multiples of %" PRId64 " would work", batch, W, W);
     if (t->config->dist.wire != SEL_WIRE_FLOAT32)
-        return sel_fail(SEL_EUSER, "dist.wire: bfloat16 rounds what goes between hosts, so that results would depend on "
+        return sel_fail(SEL_EUSER,
+                        "dist.wire: bfloat16 rounds what goes between hosts, so that results would depend on "
                         "the hosts; with dist.virtual_ranks only float32 works");
     t->leaves = (int)(W / ranks);
     return SEL_OK;

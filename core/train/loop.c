@@ -252,12 +252,23 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
 {
     const sel_train_job *j = t->job;
     const sel_provenance p = {
-        .program = j->program, .commit = j->commit, .compiler = j->compiler, .build = j->build,
-        .mpi = sel_comm_library(), .linear = sel_linear_library(t->engine),
-        .precision = t->config->train.precision == SEL_PRECISION_BFLOAT16 ? "bfloat16" : "float32", .cpu = sel_cpu_name(),
-        .cpu_level = sel_cpu_level_name(t->ops.level), .ranks = sel_comm_size(t->comm), .threads = t->threads,
-        .hosts = sel_comm_hosts(t->comm), .host_names = hosts, .command = j->command, .resumed_from = resumed_from,
-        .corpus_crc32 = sel_corpus_crc32(t->train), .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
+        .program = j->program,
+        .commit = j->commit,
+        .compiler = j->compiler,
+        .build = j->build,
+        .mpi = sel_comm_library(),
+        .linear = sel_linear_library(t->engine),
+        .precision = t->config->train.precision == SEL_PRECISION_BFLOAT16 ? "bfloat16" : "float32",
+        .cpu = sel_cpu_name(),
+        .cpu_level = sel_cpu_level_name(t->ops.level),
+        .ranks = sel_comm_size(t->comm),
+        .threads = t->threads,
+        .hosts = sel_comm_hosts(t->comm),
+        .host_names = hosts,
+        .command = j->command,
+        .resumed_from = resumed_from,
+        .corpus_crc32 = sel_corpus_crc32(t->train),
+        .tokenizer_crc32 = sel_tokenizer_crc32(t->tokenizer),
         .seed = (uint64_t)t->config->run.seed,
     };
     size_t packed, kept, scratch;

@@ -89,10 +89,12 @@ static void describe(const binding *all, int size, sel_binding *b)
         alike += ranks == ranks_here && all[r].threads == first->threads &&
                  CPU_COUNT(&all[r].cpus) == CPU_COUNT(&first->cpus);
         if (threads > CPU_COUNT(&together) && !b->warning[0])
-            snprintf(b->warning, sizeof b->warning, "ranks share cores: on host %s %d rank%s with %d thread%s in all run on "
+            snprintf(b->warning, sizeof b->warning,
+                     "ranks share cores: on host %s %d rank%s with %d thread%s in all run on "
                      "%d processor%s; fewer ranks, or compute.threads, or a wider binding (mpirun --map-by "
-                     "socket:PE=N --bind-to core) would be faster", all[r].name, ranks, ranks == 1 ? "" : "s", threads,
-                     threads == 1 ? "" : "s", CPU_COUNT(&together), CPU_COUNT(&together) == 1 ? "" : "s");
+                     "socket:PE=N --bind-to core) would be faster",
+                     all[r].name, ranks, ranks == 1 ? "" : "s", threads, threads == 1 ? "" : "s", CPU_COUNT(&together),
+                     CPU_COUNT(&together) == 1 ? "" : "s");
     }
     list_cpus(cpus, sizeof cpus, &first->cpus);
     snprintf(b->line, sizeof b->line, "%d rank%s on host %s, %d thread%s each, %s; rank 0 on processors %s", ranks_here,

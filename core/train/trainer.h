@@ -108,8 +108,8 @@ double     sel_arrays_norm_squared(sel_trainer *t);   /* [collective] */
 sel_status sel_arrays_load(sel_trainer *t, const sel_manifest *m, bool moments);
 sel_status sel_arrays_save(sel_trainer *t, const sel_checkpoint_info *info);   /* [collective] */
 
-/* dist.virtual_ranks: leaves of this rank, checked; at what depth of t->sums a leaf adds up its gradient; after it, over
-   floats [begin, end), and over the numbers beside it, adds up what closes with it.  (leaves.c) */
+/* dist.virtual_ranks: leaves of this rank, checked; at what depth of t->sums a leaf adds up its gradient; after it,
+   over floats [begin, end), and over the numbers beside it, adds up what closes with it.  (leaves.c) */
 sel_status sel_leaves_choose(sel_trainer *t);
 int        sel_leaf_depth(int leaf);
 void       sel_leaf_close(sel_trainer *t, int leaf, int64_t begin, int64_t end);
