@@ -84,32 +84,23 @@ static void gather_pairs(word *to, const word *from, int64_t stride, int64_t n, 
 }
 #endif
 
-/* Where one key head's words lie by row: packed for bfloat16, head after head. */
+/* Where one head's words of x (a sequence's rows, x_row floats apart) lie by row: packed for bfloat16, head after head.
+ */
+INLINE const word *rows_by_head(const sel_attention *a, const float *x, int64_t x_row, const float *packed, int64_t head,
+                                int64_t *stride)
+{
+    *stride = WORD_BF16 ? a->dh / 2 : x_row;
+    return WORD_BF16 ? (const word *)packed + head * a->i1 * a->dh / 2 : (const word *)(x + head * a->dh);
+}
 INLINE const word *key_rows(const sel_attention *a, int64_t b, const float *pack, int64_t packed, int64_t kh,
                             int64_t *stride)
 {
-#if WORD_BF16
-    (void)b;
-    *stride = a->dh / 2;
-    return (const word *)(pack + packed) + kh * a->i1 * a->dh / 2;
-#else
-    (void)pack, (void)packed;
-    *stride = a->k_row;
-    return (const word *)(a->k + b * a->k_seq + kh * a->dh);
-#endif
+    return rows_by_head(a, a->k + b * a->k_seq, a->k_row, pack + packed, kh, stride);
 }
 INLINE const word *value_rows(const sel_attention *a, int64_t b, const float *pack, int64_t packed, int64_t kh,
                               int64_t *stride)
 {
-#if WORD_BF16
-    (void)b;
-    *stride = a->dh / 2;
-    return (const word *)(pack + packed) + kh * a->i1 * a->dh / 2;
-#else
-    (void)pack, (void)packed;
-    *stride = a->v_row;
-    return (const word *)(a->v + b * a->v_seq + kh * a->dh);
-#endif
+    return rows_by_head(a, a->v + b * a->v_seq, a->v_row, pack + packed, kh, stride);
 }
 
 /* Where the keys that S is made of lie, by row: head 0's, or sel_k. */
