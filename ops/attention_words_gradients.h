@@ -127,7 +127,7 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
                            const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
                            float *Z0, int lane, int j0)
 {
-    const int64_t kw = m->dh / PAIR, steps = 8 / PAIR, each = kw >= 8 * steps ? 1 : 8 * steps / kw;
+    const int64_t kw = m->dh / PAIR, steps = 8 / PAIR, each = (8 * steps + kw - 1) / kw;
     const __m512 c = _mm512_set1_ps(m->scale);
     float x[8 * 32] __attribute__((aligned(64)));
     __m512 acc[8][2];
