@@ -479,7 +479,8 @@ static double allowed(const problem *p, quantity kind, double size, double outpu
 {
     const bool absent = p->a.N == 1 || size < 1e-9 * output;
     double limit = fmax(BOUND * p->scale * size, absent ? ABSENT * output : 0.0);
-    if (bfloat16 && kind == PRODUCT) limit += BOUND_BF16 * (p->a.relu ? 1.0 : 2.0) * size + (absent ? EXP_BF16 * output : 0.0);
+    if (bfloat16 && kind == PRODUCT)
+        limit += BOUND_BF16 * (p->a.relu ? 1.0 : 2.0) * size + (absent ? EXP_BF16 * output : 0.0);
     if (bfloat16 && kind == LOGARITHM) limit += EXP_BF16 * sqrt((double)n);
     return limit;
 }
