@@ -341,17 +341,21 @@ static void name_stuck(const sel_watchdog *w, const sel_beacon_news *n)
 static void exchange(sel_watchdog *w, double seconds)
 {
     const bool center = w->c->host_index == 0;
+    bool met = false;
     sel_beacon_news n;
 
     for (int h = 0; h < w->c->hosts; h++) w->remotes[h].silent += seconds;
     while (sel_beacon_receive(w->beacon, &n)) {
         remote *o = &w->remotes[center ? n.host : 0];
+        met |= !o->heard;
         o->news = n;
         o->silent = 0.0;
         o->heard = true;
     }
     w->since_send += seconds;
-    if (w->since_send < w->silence / 10) return;
+    /* A host that is heard for the first time is answered at once: only who has heard the first host knows when it is
+       cut off from it. */
+    if (w->since_send < w->silence / 10 && !(center && met)) return;
     w->since_send = 0.0;
     n = center ? behind_of_all(w) : find_behind(w);
     n.ending = atomic_load(&w->parts[0]->ending);
@@ -482,6 +486,7 @@ static sel_status make(sel_watchdog *w, double seconds)
     w->limit = seconds;
     w->silence = fmin(seconds, SILENCE_SECONDS);
     w->round = fmin(ROUND_SECONDS, seconds / 10);
+    w->since_send = w->silence;   /* the first round sends */
     w->launcher = getppid();
     w->main = pthread_self();
     pthread_mutex_init(&w->mutex, NULL);
