@@ -55,8 +55,8 @@ expect() {
     return 1
 }
 
-# said PATTERN: stderr of the last `expect` has a line like it (extended regular expression).
-said() { if grep -qE -- "$1" err; then pass; else fail "not said on stderr: $1"; tail -n 5 err; fi }
+# said PATTERN [FILE]: stderr of the last `expect`, or the file, has a line like it (extended regular expression).
+said() { if grep -qE -- "$1" "${2:-err}"; then pass; else fail "not said in ${2:-err}: $1"; tail -n 5 "${2:-err}"; fi }
 
 # ---- a corpus that can be learnt: sentences of a small grammar, in which a noun brings its own adjectives and verbs
 
