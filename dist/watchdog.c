@@ -194,11 +194,12 @@ static _Noreturn void follow(sel_watchdog *w)
     _exit(SEL_WATCHDOG_STATUS);
 }
 
-/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 4 s from now: in a process and session of its
-   own, since the daemon may end this one first.  Other launchers (slurmstepd) are left alone. */
+/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 6 s from now; to end ranks that do not take
+   TERM takes it 2 to 3.  In a process and session of its own, since the daemon may end this one first.  Other launchers
+   (slurmstepd) are left alone. */
 static void doom_launcher(const sel_watchdog *w)
 {
-    char pid[24], script[] = "sleep 4; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
+    char pid[24], script[] = "sleep 6; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
     char *const words[] = {(char[]){"sh"}, (char[]){"-c"}, script, pid, NULL};
     posix_spawnattr_t attributes;
     sigset_t none;
