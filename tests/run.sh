@@ -84,7 +84,9 @@ if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=
     run_tests "sanitizers, one process" build-test-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
     run_tests "sanitizers, ranks" build-test-asan -L mpi -E '^mpi_reduce[.](np[13]|hosts1)'
-    # Nor those that live by seconds (watchdog, launch, hosts, kill_saving) or start many ranks: the same program, slower.
-    run_tests "sanitizers, the program" build-test-asan -L e2e -E '^e2e_(watchdog|launch|kill_saving|hosts|mesh|mesh_hosts|many)$'
+    # Nor those that live by seconds (watchdog, launch, hosts, links, kill_saving) or start many ranks: the same program,
+    # slower.
+    run_tests "sanitizers, the program" build-test-asan -L e2e \
+        -E '^e2e_(watchdog|launch|kill_saving|hosts|links|mesh|mesh_hosts|many)$'
 fi
 finish
