@@ -3,7 +3,7 @@
 # overlap hides some of their time; results are those of one host, to the bit.  A token bucket (tc's tbf) shapes the
 # link.
 #
-#   e2e_links.sh                          the test, at 100 Mbit/s
+#   e2e_links.sh                          the test, at 250 Mbit/s
 #   e2e_links.sh "KEY=VALUE..." RATE...   a table instead (rates as tc has them: 100mbit 1gbit): dist/README.md has one
 . "$(dirname "$0")/e2e.sh"
 . "$(dirname "$0")/hosts.sh"
@@ -33,11 +33,13 @@ across() {
     echo $(($(on $head cat /sys/class/net/eth0/statistics/tx_bytes) - before)) >"$1.sent"
 }
 
-# median RUN KEY: over the steps from the third on.
-median() {
-    sed -n "s/^{\"step\":\([0-9]*\),.*\"$2\":\([^,}]*\).*/\1 \2/p" "$1/metrics.jsonl" | awk '$1 > 2 { print $2 }' |
-        sort -g | awk '{ x[NR] = $1 } END { print x[int((NR + 1) / 2)] }'
+# sorted RUN KEY: its values from the third step on; their median; the least of them.
+sorted() {
+    sed -n "s/^{\"step\":\([0-9]*\),.*\"$2\":\([^,}]*\).*/\1 \2/p" "$1/metrics.jsonl" |
+        awk '$1 > 2 { print $2 }' | sort -g
 }
+median() { sorted "$@" | awk '{ x[NR] = $1 } END { print x[int((NR + 1) / 2)] }'; }
+least() { sorted "$@" | head -n 1; }
 
 floats() { echo $((($(stat -c %s "$(state "$1" "$2")/model.safetensors") - 8192) / 4)); }
 
@@ -67,12 +69,12 @@ if [ $# -gt 0 ]; then
     verdict
 fi
 
-# Backward takes about as long as the gradient on the link: 0.9 M floats, 8192 tokens a rank.
-settings+=(model.width=128 model.layers=4 model.heads=4 model.kv_heads=4 model.head_width=32 model.ffn_width=341
-           train.batch=256 train.micro_batch=128)
+# Backward takes about as long as the gradient is on the link: 1.7 M floats, 6144 tokens a rank.
+settings+=(model.width=128 model.layers=8 model.heads=4 model.kv_heads=4 model.head_width=32 model.ffn_width=341
+           train.batch=192 train.micro_batch=96)
 train here "${settings[@]}"
 expect 0 ranks 2 "${arguments[@]}"
-shape 100mbit
+shape 250mbit
 across on "${settings[@]}"
 across off "${settings[@]}" dist.overlap=false
 across rounded "${settings[@]}" dist.wire=bfloat16
@@ -96,11 +98,17 @@ as_theory off 4
 as_theory rounded 2
 
 for run in on off rounded; do
-    echo "$run: waited $(median $run wire_wait_seconds) s a step, hidden $(median $run wire_hidden)"
+    echo "$run: waited $(median $run wire_wait_seconds) s a step, at best $(least $run wire_wait_seconds)," \
+        "hidden $(median $run wire_hidden)"
 done
+# A busy machine adds to what is waited, so the best step tells: with overlap it is shorter than the link's time for the
+# bytes, without it is not (but for what fits into the bucket).
+link_seconds=$(awk -v bytes=$(($(floats here $steps) * 4)) 'BEGIN { print bytes * 8 / 250e6 }')
+check "overlap hides a quarter of the link's $link_seconds s" \
+    awk -v least="$(least on wire_wait_seconds)" -v link="$link_seconds" 'BEGIN { exit !(least < 0.75 * link) }'
+check "without overlap the link's time is waited for" \
+    awk -v least="$(least off wire_wait_seconds)" -v link="$link_seconds" 'BEGIN { exit !(least > 0.85 * link) }'
 check "without overlap nothing is hidden" awk -v h="$(median off wire_hidden)" 'BEGIN { exit !(h > -0.05 && h < 0.05) }'
-check "overlap hides a quarter of it" \
-    awk -v on="$(median on wire_wait_seconds)" -v off="$(median off wire_wait_seconds)" 'BEGIN { print on, off; exit !(on < 0.75 * off) }'
 
 # The fixed tree does not see where ranks are.
 tree=(train.steps=4 train.batch=8 train.validate_every=0 checkpoint.every=0 dist.virtual_ranks=2)
