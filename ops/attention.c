@@ -194,6 +194,8 @@ carry_plan sel_attention_carry_plan(const sel_attention *a, bool backward)
     p.rows = a->i1 - a->i0;
     p.tiles = ceil_div(p.rows, TILE);
     p.columns = ceil_div(a->i1, TILE);
+    p.group = tiles_a_group(p.tiles);
+    p.groups = ceil_div(p.tiles, p.group);
     p.qt = take(&pack, p.tiles * TILE * dh / pair);
     if (!backward) {
         p.kt = take(&end, TILE * dh / pair);

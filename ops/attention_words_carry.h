@@ -221,9 +221,8 @@ static bool gather_dcarry(const carry_job *w, int64_t I, int64_t c, float *dcarr
 
     for (int64_t j = 0; j < TILE; j++) dcarry[j] = j < n ? w->pack[w->p->dcarry + c * TILE + j] : 0.0f;
     if (!a->dead_after) return true;
-    const words_plan forward = sel_attention_words_plan(a, false);
     const float limit = a->dead_after[w->b] * (float)sqrt((double)a->dh);   /* raw, as the saved carries are */
-    const float *const began = a->saved + (w->b * forward.groups + I / forward.group) * a->i1;
+    const float *const began = a->saved + (w->b * w->p->groups + I / w->p->group) * a->i1;
     for (int64_t j = 0; j < TILE && j < n; j++) {
         if (began[keys[j]] > limit) dcarry[j] = 0.0f;
         else any = true;
