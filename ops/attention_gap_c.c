@@ -51,6 +51,14 @@ static inline void four_rows(const float *rows[FOUR], const float *x, int64_t st
     for (int r = 0; r < FOUR; r++) rows[r] = x + (i + r < n ? i + r : n - 1) * stride;
 }
 
+/* Asks for four rows, `width` floats of each, some way ahead of row i. */
+static inline void fetch_ahead(const float *x, int64_t stride, int64_t i, int64_t n, int64_t width)
+{
+    enum { AHEAD = 12, LINE = 16 };
+    for (int64_t r = i + AHEAD; r < i + AHEAD + FOUR && r < n; r++)
+        for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(x + r * stride + d);
+}
+
 /* |k| of the longest of n keys of each of `heads` heads; NaN if one is. */
 static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t n, int64_t heads, int64_t dh)
 {
@@ -58,6 +66,7 @@ static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t 
     for (int64_t j = 0; j < n; j += FOUR) {
         const float *key[FOUR];
         four_rows(key, k, k_row, j, n);
+        fetch_ahead(k, k_row, j, n, heads * dh);
         for (int64_t h = 0; h < heads; h++) {
             vf x[FOUR];
             for (int r = 0; r < FOUR; r++) {
@@ -90,6 +99,7 @@ static float heads_gap(const sel_attention *a, int64_t b, int64_t h0, int64_t h1
     for (int64_t i = 0; i < rows; i += FOUR) {
         const float *query[FOUR], *key[FOUR];
         four_rows(query, q, a->q_row, i, rows);
+        fetch_ahead(q + h0 * dh, a->q_row, i, rows, (h1 - h0) * dh);
         four_rows(key, k + a->i0 * a->k_row, a->k_row, i, rows);
         for (int64_t h = h0; h < h1; h++) {
             const int64_t kh = h / group - kh0;
@@ -134,6 +144,25 @@ static void attention_gap(const sel_attention *a, float *gap)
         #pragma omp critical(attention_gap)
         if (!(here <= gap[b])) gap[b] = here;   /* the largest: the same in any order */
     }
+}
+
+void SEL_FN(sel_attention_find_dead)(const sel_attention *a, int64_t b, int threads)
+{
+    sel_attention one = *a;
+    float gap;
+
+    if (!a->dead_after || a->dead_margin <= 0.0) return;
+    one.B = 1;
+    one.threads = threads;
+    one.q += b * a->q_seq;
+    one.k += b * a->k_seq;
+    if (a->sel_q) {
+        one.sel_q += b * a->sel_q_seq;
+        one.sel_k += b * a->sel_k_seq;
+    }
+    attention_gap(&one, &gap);
+    gap += (float)a->dead_margin;
+    a->dead_after[b] = gap < (float)a->tau ? (float)a->tau : gap;   /* NaN stays: nothing dies */
 }
 
 void SEL_FN(sel_ops_attention_gap_init)(sel_ops *ops) { ops->attention_gap = attention_gap; }

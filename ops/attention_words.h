@@ -164,8 +164,8 @@ INLINE void row_words(word *w, const float *x, int64_t n)
     if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
 }
 
-/* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes; of at most
-   32 rows no more lanes than 32. */
+/* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes; of at
+   most 32 rows no more lanes than 32. */
 INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
 {
     for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16)

@@ -376,7 +376,8 @@ static void transpose_selecting(const forward_job *w, const row_tile *t, word *Q
 {
     const sel_attention *a = w->a;
     if (attention_bilinear(a))
-        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + (t->row0 - a->i0) * a->sel_q_row, a->sel_q_row, t->rows, a->dh);
+        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + (t->row0 - a->i0) * a->sel_q_row, a->sel_q_row, t->rows,
+                        a->dh);
     else transpose_words(Qt, q_of(w, t, 0), a->q_row, t->rows, a->dh);
 }
 

@@ -2,8 +2,8 @@
  *
  * Where attention.h's `dead_after` is given, a row tile attends to a list of live keys: those before its group of row
  * tiles whose F had not passed the threshold when the group began, then the group's own.  The kernels know nothing
- * of it: a key's place in the list takes the place of its position, so that the causal edge is again a diagonal (`off`).
- * F of a dead key stays as it was.
+ * of it: a key's place in the list takes the place of its position, so that the causal edge is again a diagonal
+ * (`off`).  F of a dead key stays as it was.
  *
  * A thread keeps the operands of the listed keys side by side, by place (attention_words_places.h).  From group to
  * group few places change: the list's last keys take the places of those that died, the group's own come after.  So
@@ -16,6 +16,7 @@
 #define SEL_OPS_ATTENTION_WORDS_LIVE_H
 
 #include "ops/attention_words_places.h"
+#include "ops/levels.h"
 
 /* ---- forward ---- */
 
@@ -208,9 +209,11 @@ static void forward_live(const sel_attention *a)
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         forward_job w = new_forward_job(a, &p, b, omp_get_thread_num(), omp_get_thread_num());
+        sel_attention_find_dead_avx512(a, b, 1);
         forward_sequence_live(&w);
     }
     for (int64_t b = whole; b < a->B; b++) {
+        sel_attention_find_dead_avx512(a, b, a->threads);
         if (p.groups > 1) {
             forward_shared_live(a, &p, b);
         } else {
@@ -230,8 +233,9 @@ static gradient_tile live_tile(const backward_job *w, const live_list *live, int
     const int64_t row0 = a->i0 + I * p->height, rows = least(a->i1 - row0, p->height), col0 = c * TILE,
                   before = live->old + row0 - live->row0, at = side * TILE * TILE;
     const int64_t cols = least(least(before + rows, live->count) - col0, TILE);
-    return new_gradient_tile(before - col0, cols > 0 ? live->keys[col0] : 0, (int)rows, (int)cols, (word *)(w->scratch + p->pi) + at,
-                             (word *)(w->scratch + p->zi) + at, (word *)(w->scratch + p->zk) + at);
+    return new_gradient_tile(before - col0, cols > 0 ? live->keys[col0] : 0, (int)rows, (int)cols,
+                             (word *)(w->scratch + p->pi) + at, (word *)(w->scratch + p->zi) + at,
+                             (word *)(w->scratch + p->zk) + at);
 }
 
 /* Some tiles of a group's list that go together: [first, first + count). */

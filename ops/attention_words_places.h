@@ -150,8 +150,9 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
 {
     const sel_attention *a = l->a;
     const int64_t dh = a->dh;
-    const float *const k = a->k + l->b * a->k_seq + keys[0] * a->k_row, *const k1 = k + (keys[n - 1] - keys[0]) * a->k_row;
-    const float *const v = a->v + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + (keys[n - 1] - keys[0]) * a->v_row;
+    const int64_t on = keys[n - 1] - keys[0];
+    const float *const k = a->k + l->b * a->k_seq + keys[0] * a->k_row, *const k1 = k + on * a->k_row;
+    const float *const v = a->v + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + on * a->v_row;
 
     for (int64_t kh = 0; kh < a->kv_heads; kh++) {
         const int64_t at = kh * l->places * dh / PAIR, d = kh * dh;
