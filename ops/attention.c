@@ -9,13 +9,14 @@
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-enum { MOST_CARRIES = 64 };
-
 static int64_t tiles_a_group(int64_t tiles) { return tiles > MOST_CARRIES ? ceil_div(tiles, MOST_CARRIES) : 1; }
+
+/* Rows of a row tile where keys die (words_plan): the fewer, the sooner a key is left out, and the more carries. */
+static int64_t live_height(int64_t rows) { return rows <= MOST_CARRIES * TILE / 2 ? TILE / 2 : TILE; }
 
 int64_t sel_attention_carries(int64_t rows)
 {
-    const int64_t tiles = ceil_div(rows, TILE);
+    const int64_t tiles = ceil_div(rows, live_height(rows));
     return tiles ? ceil_div(tiles, tiles_a_group(tiles)) : 0;
 }
 
@@ -23,7 +24,7 @@ int64_t sel_attention_carries(int64_t rows)
  */
 static int64_t most_carries(int64_t rows)
 {
-    const int64_t tiles = ceil_div(rows, TILE);
+    const int64_t tiles = ceil_div(rows, TILE / 2);
     return tiles < MOST_CARRIES ? tiles : MOST_CARRIES;
 }
 
@@ -111,14 +112,18 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     words_plan p = { 0 };
     const int64_t H = a->heads, dh = a->dh, square = TILE * TILE, kv = a->kv_heads * dh;
     const int64_t sel = attention_bilinear(a) ? dh : 0;   /* width of the selection's own rows */
+    const int64_t pair = a->bfloat16 ? 2 : 1;
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
-    p.tiles = ceil_div(p.rows, TILE);
+    p.height = a->dead_after ? live_height(p.rows) : TILE;
+    p.tiles = ceil_div(p.rows, p.height);
     p.columns = ceil_div(a->i1, TILE);
     p.group = tiles_a_group(p.tiles);
     if (!a->dead_after && p.group < SIDE) p.group = SIDE;
     p.groups = ceil_div(p.tiles, p.group);
+    /* With dead keys whole sequences go by groups of row tiles, whose rows need be kept no longer. */
+    const int64_t kept = a->dead_after && a->B % a->threads == 0 ? p.group : p.tiles;
 
     if (!backward) {
         p.slots = p.columns > SUPER ? H : 1;
@@ -142,29 +147,40 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.raw = take(&end, square);
         p.dk = take(&end, SIDE * TILE * kv);
         p.dv = take(&end, SIDE * TILE * kv);
-        p.dq = take(&end, p.tiles * TILE * H * dh);
-        p.dsel_q = take(&end, p.tiles * TILE * sel);
+        p.dq = take(&end, kept * TILE * H * dh);
+        p.dsel_q = take(&end, kept * TILE * sel);
         p.dsel_k = take(&end, SIDE * TILE * sel);
     }
     if (a->dead_after) {
-        p.list = take(&end, a->i1 + LANES);
-        p.kt = take(&end, SIDE * TILE * dh);
-        p.vt = take(&end, SIDE * TILE * dh);
-        p.pt = take(&end, SIDE * TILE * dh);
-        p.dcarry = take(&pack, a->i1);
+        p.places = p.columns * TILE;
+        p.list_size = a->i1;
+        p.lists = take(&end, p.groups * p.list_size);
+        p.held = take(&end, p.places);
+        p.where = take(&end, backward ? a->i1 : 0);
+        p.live_k = take(&end, p.places * kv / pair);
+        p.live_v = take(&end, p.places * kv / pair);
+        p.live_pairs = take(&end, backward && a->bfloat16 ? p.places * kv / pair : 0);
+        p.live_sel_k = take(&end, p.places * sel / pair);
+        p.live_sel_pairs = take(&end, backward && a->bfloat16 ? p.places * sel / pair : 0);
+        p.live_dk = take(&end, backward ? p.places * kv : 0);
+        p.live_dv = take(&end, backward ? p.places * kv : 0);
+        p.live_dsel_k = take(&end, backward ? p.places * sel : 0);
+        p.dcarry = take(&pack, backward ? a->i1 : 0);
     }
     p.thread_size = end;
     end *= a->threads;
 
-    if (!backward) {
+    if (!backward && !a->dead_after) {
         /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
         p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
         p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
         p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
+    }
+    if (!backward) {
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
     } else {
-        const int64_t pair = a->bfloat16 ? 2 : 1, keys = p.columns * TILE * kv / pair,
-                      queries = p.tiles * TILE * H * dh / pair;
+        const int64_t columns = a->dead_after ? 0 : p.columns * TILE, keys = columns * kv / pair,
+                      queries = kept * TILE * H * dh / pair;
         p.k = take(&pack, keys);
         p.v = take(&pack, keys);
         p.k_pairs = take(&pack, a->bfloat16 ? keys : 0);
@@ -172,12 +188,12 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.dot_all = take(&pack, queries);
         p.q_rows = take(&pack, queries);
         p.dout_rows = take(&pack, queries);
-        p.lse_all = take(&pack, p.tiles * H * TILE);
-        p.delta_all = take(&pack, p.tiles * H * TILE);
-        p.sel_k = take(&pack, p.columns * TILE * sel / pair);
-        p.sel_k_pairs = take(&pack, a->bfloat16 ? p.columns * TILE * sel / pair : 0);
-        p.sel_qt_all = take(&pack, p.tiles * TILE * sel / pair);
-        p.sel_q_rows = take(&pack, p.tiles * TILE * sel / pair);
+        p.lse_all = take(&pack, kept * H * TILE);
+        p.delta_all = take(&pack, kept * H * TILE);
+        p.sel_k = take(&pack, columns * sel / pair);
+        p.sel_k_pairs = take(&pack, a->bfloat16 ? columns * sel / pair : 0);
+        p.sel_qt_all = take(&pack, kept * TILE * sel / pair);
+        p.sel_q_rows = take(&pack, kept * TILE * sel / pair);
     }
     p.pack0 = end;
     p.pack_size = pack;

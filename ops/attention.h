@@ -71,10 +71,13 @@ typedef struct {
 
     /* Dead keys (spec, section 3.1), where dead_after [B] is given: a key whose F has passed dead_after[b] where a
        group of row tiles begins is left out from there on: P = 0, no gradient, F stays as it was.  Thresholds from
-       attention_gap (ops.h); at least tau; the same in all calls that share a sequence, backward included.
+       attention_gap (ops.h); at least tau; the same in all calls that share a sequence, backward included.  Where
+       dead_margin > 0 forward, of whole sequences, sets them itself first, when it has q and k at hand:
+       max(tau, gap + dead_margin); else dead_margin is 0.
        Needs relu and no window.  live [B], NULL: not wanted: pairs (i, j <= i) of a row and a live key.
        carry_out of a dead key is a lower bound. */
-    const float *dead_after;
+    float *dead_after;
+    double dead_margin;
     double *live;
 
     /* Operands of the matrix products (q, k, v, sel_q, sel_k, dout, P, dZ, dS) are rounded to bfloat16; all else, sums

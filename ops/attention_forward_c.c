@@ -314,6 +314,7 @@ static void attention_forward(const sel_attention *a)
     const int64_t whole = attention_whole(a);
     if (!p.rows) return;
 
+    for (int64_t b = 0; b < a->B; b++) SEL_FN(sel_attention_find_dead)(a, b, a->threads);
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         job w = new_job(a, &p, b, omp_get_thread_num());

@@ -10,6 +10,7 @@
 enum {
     TILE = 64,      /* queries of a row tile, keys of a column tile */
     SUPER = 16,     /* column tiles whose F stays in cache while all heads pass over them */
+    MOST_CARRIES = 64,
     LANES = 16      /* widest vector: rows of padded arrays are multiples of it */
 };
 
@@ -36,6 +37,7 @@ attention_plan sel_attention_plan(const sel_attention *a, bool backward);
 /* The same for the AVX-512 kernels (attention_words.h): in words of 32 bits, with room for either type of operand. */
 typedef struct {
     int64_t rows, tiles, columns, group, groups;
+    int64_t height;                                  /* rows of a row tile: fewer than TILE with dead keys */
     int64_t thread0, thread_size;
     int64_t slots;                                   /* forward: heads whose rows are kept between super-blocks, or 1 */
     int64_t qt, ot, ml, raw, redo, f, p, carry;      /* in a thread's scratch */
@@ -47,8 +49,10 @@ typedef struct {
     /* a selection with rows of its own: as qt, dq, dk, then in the pack as k, k_pairs, qt_all, q_rows; without room
        elsewhere */
     int64_t sel_qt, dsel_q, dsel_k, sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
-    /* dead keys: the list, gathered tiles of keys, values and key pairs; backward: tiles of keys taken together, dF */
-    int64_t list, kt, vt, pt, live_tiles, dcarry;
+    /* dead keys: lists of keys; their places, so many, and operands there (live_k: by row; live_v: forward by pairs,
+       backward by row; live_pairs: backward); backward: tiles of keys taken together, sums of gradients, dF */
+    int64_t lists, list_size, held, where, places, live_k, live_v, live_pairs, live_sel_k, live_sel_pairs;
+    int64_t live_tiles, live_dk, live_dv, live_dsel_k, dcarry;
     int64_t total;
 } words_plan;
 

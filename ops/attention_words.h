@@ -164,10 +164,11 @@ INLINE void row_words(word *w, const float *x, int64_t n)
     if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
 }
 
-/* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes. */
+/* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes; of at
+   most 32 rows no more lanes than 32. */
 INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
 {
-    for (int i = 0; i < TILE; i += 16)
+    for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16)
         for (int64_t d = 0; d < n; d += 16 * PAIR) {
             const bool half = n - d < 16 * PAIR;
             __m512i a[16];
@@ -309,13 +310,15 @@ static void select_words(const sel_attention *a, const float *raw, float *NF, fl
 {
     const __m512 zero = _mm512_setzero_ps();
     const bool relu = a->relu, shift = a->shift;
-    const bool whole = off >= TILE && rows == lanes && (a->window == 0 || off + TILE <= a->window);
+    /* keys before `whole` are seen by all rows and are none of them */
+    const int64_t whole = rows == lanes && (a->window == 0 || off + TILE <= a->window) ? off : 0;
     for (int j = 0; j < cols; j++) {
+        const bool all = j < whole && (col0 + j > 0 || !a->protect_bos);
         __m512 base = _mm512_set1_ps(carry[j]);
         for (int v = 0; v < lanes; v += V16) {
             __m512 s = _mm512_loadu_ps(raw + j * TILE + v);
             if (relu) s = _mm512_max_ps(s, zero);
-            if (!whole || col0 + j == 0) s = _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), s);
+            if (!all) s = _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), s);
             const __m512 sum = scan_up(s);
             const __m512 before =
                 _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(sum), _mm512_setzero_si512(), 15));
@@ -325,8 +328,8 @@ static void select_words(const sel_attention *a, const float *raw, float *NF, fl
         }
         carry[j] = _mm512_cvtss_f32(base);
     }
-    for (int j = cols; j < TILE; j++)   /* keys that do not exist: seen by lanes that are no rows only */
-        for (int v = 0; v < lanes; v += V16) _mm512_storeu_ps(NF + j * TILE + v, zero);
+    for (int j = cols; j < TILE; j++)   /* keys that do not exist */
+        for (int v = 0; v < lanes; v += V16) _mm512_storeu_ps(NF + j * TILE + v, _mm512_set1_ps(HIDDEN));
 }
 
 #endif

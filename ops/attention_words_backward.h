@@ -72,21 +72,21 @@ static gradient_rows selecting_rows_at(const backward_job *w, int64_t I)
                            .dq = w->scratch + p->dsel_q + I * size};
 }
 
-/* n values of each of TILE rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */
-static void copy_rows(word *to, const float *x, int64_t x_row, int real, int64_t n)
+/* n values of each of `most` rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */
+static void copy_rows(word *to, const float *x, int64_t x_row, int real, int most, int64_t n)
 {
-    for (int i = 0; i < TILE; i++)
+    for (int i = 0; i < most; i++)
         if (i < real) row_words(to + i * n / PAIR, x + i * x_row, n);
         else memset(to + i * n / PAIR, 0, (size_t)(n / PAIR) * sizeof *to);
 }
-static void copy_pairs(word *to, const float *x, int64_t x_row, int real, int64_t n)
+static void copy_pairs(word *to, const float *x, int64_t x_row, int real, int most, int64_t n)
 {
 #if WORD_BF16
-    for (int i = 0; i < TILE; i += 2)
+    for (int i = 0; i < most; i += 2)
         if (i < real) pair_rows(to + i / 2 * n, x + i * x_row, i + 1 < real ? x + (i + 1) * x_row : NULL, n);
         else memset(to + i / 2 * n, 0, (size_t)n * sizeof *to);
 #else
-    copy_rows(to, x, x_row, real, n);
+    copy_rows(to, x, x_row, real, most, n);
 #endif
 }
 
@@ -101,7 +101,7 @@ static int64_t key_place(const backward_job *w, int64_t seq, int64_t row, int64_
 }
 static int64_t row_place(const backward_job *w, int64_t seq, int64_t row, int64_t h, int64_t I)
 {
-    return w->b * seq + I * TILE * row + h * w->a->dh;
+    return w->b * seq + I * w->p->height * row + h * w->a->dh;
 }
 
 /* Column tile J of a kv-head; with the first sel_k, too. */
@@ -111,37 +111,38 @@ static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
     const int cols = (int)least(a->i1 - J * TILE, TILE);
     const gradient_keys to = keys_at(w, kh, J);
     const float *const k = a->k + key_place(w, a->k_seq, a->k_row, kh, J);
-    copy_rows(writable(w, to.k), k, a->k_row, cols, a->dh);
-    if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, a->dh);
-    copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, a->dh);
+    copy_rows(writable(w, to.k), k, a->k_row, cols, TILE, a->dh);
+    if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, TILE, a->dh);
+    copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, TILE, a->dh);
     if (kh == 0 && attention_bilinear(a)) {
         const gradient_keys sel = selecting_keys_at(w, J);
         const float *const sel_k = a->sel_k + key_place(w, a->sel_k_seq, a->sel_k_row, 0, J);
-        copy_rows(writable(w, sel.k), sel_k, a->sel_k_row, cols, a->dh);
-        if (WORD_BF16) copy_pairs(writable(w, sel.pairs), sel_k, a->sel_k_row, cols, a->dh);
+        copy_rows(writable(w, sel.k), sel_k, a->sel_k_row, cols, TILE, a->dh);
+        if (WORD_BF16) copy_pairs(writable(w, sel.pairs), sel_k, a->sel_k_row, cols, TILE, a->dh);
     }
 }
 
-/* Row tile I of a head: q and dO in both forms, lse (log2), delta = rowsum(dO o out); with head 0 sel_q, too. */
-static void pack_rows(const backward_job *w, int64_t h, int64_t I)
+/* Row tile I of a head to the place `at`: q and dO in both forms, lse (log2), delta = rowsum(dO o out); with head 0
+   sel_q, too. */
+static void pack_rows_at(const backward_job *w, int64_t h, int64_t I, int64_t at)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t H = a->heads, dh = a->dh;
-    const int rows = (int)least(p->rows - I * TILE, TILE);
-    const gradient_rows to = rows_at(w, h, I);
+    const int rows = (int)least(p->rows - I * p->height, p->height), lanes = rows > 32 ? TILE : 32;
+    const gradient_rows to = rows_at(w, h, at);
     const float *const q = a->q + row_place(w, a->q_seq, a->q_row, h, I);
     const float *const dout = w->g->dout + row_place(w, a->out_seq, a->out_row, h, I);
     const float *const out = a->out + row_place(w, a->out_seq, a->out_row, h, I);
-    const float *const lse = a->lse + (w->b * H + h) * p->rows + I * TILE;
-    float *const lse2 = w->pack + p->lse_all + (I * H + h) * TILE;
-    float *const delta = w->pack + p->delta_all + (I * H + h) * TILE;
+    const float *const lse = a->lse + (w->b * H + h) * p->rows + I * p->height;
+    float *const lse2 = w->pack + p->lse_all + (at * H + h) * TILE;
+    float *const delta = w->pack + p->delta_all + (at * H + h) * TILE;
 
     transpose_words(writable(w, to.qt), q, a->q_row, rows, dh);
-    copy_pairs(writable(w, to.q), q, a->q_row, rows, dh);
+    copy_pairs(writable(w, to.q), q, a->q_row, rows, lanes, dh);
     transpose_words(writable(w, to.dot), dout, a->out_row, rows, dh);
-    copy_pairs(writable(w, to.dout), dout, a->out_row, rows, dh);
-    for (int i = 0; i < TILE; i++) {
+    copy_pairs(writable(w, to.dout), dout, a->out_row, rows, lanes, dh);
+    for (int i = 0; i < lanes; i++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; i < rows && d < dh; d += V16)
             sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d), _mm512_loadu_ps(out + i * a->out_row + d),
@@ -149,14 +150,15 @@ static void pack_rows(const backward_job *w, int64_t h, int64_t I)
         delta[i] = _mm512_reduce_add_ps(sum);
     }
     for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
-    for (int i = rows; i < TILE; i++) lse2[i] = NO_ROW;
+    for (int i = rows; i < lanes; i++) lse2[i] = NO_ROW;
     if (h == 0 && attention_bilinear(a)) {
-        const gradient_rows sel = selecting_rows_at(w, I);
+        const gradient_rows sel = selecting_rows_at(w, at);
         const float *const sel_q = a->sel_q + row_place(w, a->sel_q_seq, a->sel_q_row, 0, I);
         transpose_words(writable(w, sel.qt), sel_q, a->sel_q_row, rows, dh);
-        copy_pairs(writable(w, sel.q), sel_q, a->sel_q_row, rows, dh);
+        copy_pairs(writable(w, sel.q), sel_q, a->sel_q_row, rows, lanes, dh);
     }
 }
+static void pack_rows(const backward_job *w, int64_t h, int64_t I) { pack_rows_at(w, h, I, I); }
 
 /* The real rows of column tile J, times scale. */
 static void store_columns(const backward_job *w, float *to, int64_t row, const float *from, double scale, int64_t J)
@@ -197,9 +199,9 @@ static int sharers(const backward_job *w, int64_t I)
 static void store_rows(const backward_job *w, float *dq, int64_t row, const float *sum, int64_t I, int summed)
 {
     const sel_attention *a = w->a;
-    const int64_t dh = a->dh, end = least(a->i0 + I * TILE + TILE, a->i1);
+    const int64_t dh = a->dh, height = w->p->height;
     const __m512 scale = _mm512_set1_ps((float)(1.0 / sqrt((double)dh)));
-    const int rows = (int)(end - a->i0 - I * TILE);
+    const int rows = (int)least(w->p->rows - I * height, height);
 
     for (int i0 = 0; i0 < rows; i0 += V16)
         for (int64_t d = 0; d < dh; d += V16) {

@@ -364,11 +364,11 @@ static head_rows rows_of(const forward_job *w, int64_t h)
 
 static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
 {
-    return w->a->q + w->b * w->a->q_seq + t->I * TILE * w->a->q_row + h * w->a->dh;
+    return w->a->q + w->b * w->a->q_seq + (t->row0 - w->a->i0) * w->a->q_row + h * w->a->dh;
 }
 static float *out_of(const forward_job *w, const row_tile *t, int64_t h)
 {
-    return w->a->out + w->b * w->a->out_seq + t->I * TILE * w->a->out_row + h * w->a->dh;
+    return w->a->out + w->b * w->a->out_seq + (t->row0 - w->a->i0) * w->a->out_row + h * w->a->dh;
 }
 
 /* Q^T of the rows that S is made of: head 0's, or sel_q. */
@@ -376,7 +376,8 @@ static void transpose_selecting(const forward_job *w, const row_tile *t, word *Q
 {
     const sel_attention *a = w->a;
     if (attention_bilinear(a))
-        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + t->I * TILE * a->sel_q_row, a->sel_q_row, t->rows, a->dh);
+        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + (t->row0 - a->i0) * a->sel_q_row, a->sel_q_row, t->rows,
+                        a->dh);
     else transpose_words(Qt, q_of(w, t, 0), a->q_row, t->rows, a->dh);
 }
 
@@ -443,7 +444,7 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
     const head_rows r = rows_of(w, h);
-    float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->I * TILE;
+    float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
 
     for (int i0 = 0; i0 < t->rows; i0 += V16) {
         const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;

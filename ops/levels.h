@@ -42,4 +42,9 @@ void sel_ops_attention_words_init_avx512(sel_ops *ops);   /* attention_avx512.c,
 
 void sel_ops_attention_words_init_avx512bf16(sel_ops *ops);   /* attention_avx512bf16.c */
 
+/* attention_gap_c.c, for forward's use: where dead_margin > 0, dead_after[b], by so many threads. */
+void sel_attention_find_dead_c(const sel_attention *a, int64_t b, int threads);
+void sel_attention_find_dead_avx2(const sel_attention *a, int64_t b, int threads);
+void sel_attention_find_dead_avx512(const sel_attention *a, int64_t b, int threads);
+
 #endif

@@ -351,6 +351,10 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *i
     if (dead_margin > 0.0) {
         c.a.dead_after = o->dead_after;
         c.a.live = live;
+        if (n == N) {   /* the whole of it: forward finds the thresholds that find_dead_after does */
+            c.a.dead_margin = dead_margin;
+            for (int64_t b = 0; b < B; b++) o->dead_after[b] = NAN;
+        }
     }
     if (p->sel_q) {
         c.a.sel_q = in->sel_q.x + i0 * in->sel_q.row;

@@ -9,8 +9,6 @@
 #define MASKED_BY  200.0f
 #define DEAD_AFTER 100.0f
 
-enum { TILE_ROWS = 64 };
-
 typedef struct {
     const sel_ops *ops;
     sel_attention a;
@@ -63,10 +61,11 @@ sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, in
         {"all keys", 1.0}, {"live 1/2", 1.0 / 2}, {"live 1/4", 1.0 / 4}, {"live 1/8", 1.0 / 8}, {"live 1/16", 1.0 / 16},
     };
     enum { V, OUT, DOUT, DQ, DK, DV, ARRAYS, CASES = sizeof shares / sizeof shares[0] };
-    const int64_t row = heads * dh, seq = N * row, n = batch * seq, tiles = (N + TILE_ROWS - 1) / TILE_ROWS;
-    /* A row tile's own keys are alive in it. */
+    const int64_t row = heads * dh, seq = N * row, n = batch * seq;
+    /* A row tile's own keys are alive in it: of 32 rows up to 2,048, in the AVX-512 kernels. */
+    const int64_t height = N <= 2048 ? 32 : 64, tiles = (N + height - 1) / height;
     const double pairs = (double)N * (double)(N + 1) / 2.0,
-                 own = (double)(tiles * TILE_ROWS * (TILE_ROWS + 1) / 2) / pairs;
+                 own = (double)(tiles * height * (height + 1) / 2) / pairs;
     float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
     float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
     void *workspace = NULL;

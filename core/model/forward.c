@@ -27,6 +27,7 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
         .bfloat16 = m->opt.bfloat16,
         .tau = o->epsilon > 0.0 ? o->tau : 0.0, .m_max = m->m_max, .m_row = k->m_row,
         .dead_after = sel_model_leaves_out(m) ? k->dead_after : NULL, .live = m->live,
+        .dead_margin = o->dead_keys == SEL_DEAD_KEYS_EXACT ? 104.0 : 17.0 + log((double)n),
         .workspace = m->attention, .threads = m->opt.threads,
     };
 }
@@ -84,16 +85,6 @@ static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
     m->opt.ops->attention_forward(&a);
 }
 
-/* The F beyond which a key of each sequence is left out: at least tau, so that it counts as fully masked. */
-static void find_dead_after(const sel_model *m, const sel_attention *a, float *dead_after)
-{
-    const sel_attention_options *o = &m->opt.attention;
-    const double margin = o->dead_keys == SEL_DEAD_KEYS_EXACT ? 104.0 : 17.0 + log((double)a->i1);
-
-    m->opt.ops->attention_gap(a, dead_after);
-    for (int64_t b = 0; b < a->B; b++) dead_after[b] = fmaxf((float)o->tau, dead_after[b] + (float)margin);
-}
-
 static double live_share(const sel_attention *a)
 {
     double live = 0.0;
@@ -131,7 +122,6 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
         attend_cached(m, l, batch, n);
     } else {
         const sel_attention a = sel_model_attention(m, l, batch, n);
-        if (a.dead_after) find_dead_after(m, &a, k->dead_after);
         ops->attention_forward(&a);
         m->live_share[l] = live_share(&a);
         for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];

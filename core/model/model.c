@@ -80,7 +80,7 @@ static size_t attention_bytes(const sel_model *m)
             a.i0 = m->layout->dims.N - m->opt.tokens;
             a.i1 = m->layout->dims.N;
         }
-        const float known_later = 0.0f;
+        float known_later = 0.0f;
         if (m->opt.use != SEL_USE_TRAIN) a.saved = NULL;
         if (sel_model_leaves_out(m)) a.dead_after = &known_later;
         const size_t forward = sel_attention_workspace(&a, false);
