@@ -58,7 +58,10 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
         if (rc == SEL_OK && count) rc = score_batch(job, w, count, N, tokens, logp, sum);
         w += count;
         if (rc == SEL_OK && n < N && n > 0) rc = read_window(s, w, tokens, &n);
-        if (rc == SEL_OK && n < N && n > 0) rc = score_batch(job, w, 1, n, tokens, logp, sum);
+        if (rc == SEL_OK && n < N && n > 0) {
+            for (int64_t i = n + 1; i <= N; i++) tokens[i] = -1;
+            rc = score_batch(job, w, 1, job->shared ? N : n, tokens, logp, sum);   /* chunks are those of a whole one */
+        }
         if (n < N) w++;
         if (job->progress) job->progress(job->ctx, w - begin, end - begin);
     }
@@ -73,8 +76,9 @@ static sel_status score(const sel_score_job *job, const stream *s, int64_t windo
     if (job->max_windows && windows > job->max_windows) windows = job->max_windows;
     if (!job->comm) return score_range(job, s, 0, windows, sum);
 
-    const int64_t rank = sel_comm_rank(job->comm), size = sel_comm_size(job->comm);
-    const sel_status rc = score_range(job, s, windows * rank / size, windows * (rank + 1) / size, sum);
+    const sel_status rc = score_range(job, s, windows * job->share / job->shares,
+                                      windows * (job->share + 1) / job->shares, sum);
+    if (rc != SEL_OK && job->shared) sel_comm_die(job->comm, "scoring");   /* others are in the middle of a layer */
     SEL_TRY(sel_comm_agree(job->comm, rc));
     double all[4] = { sum->loss, sum->memory, (double)sum->tokens, (double)sum->correct };
     sel_comm_sum_doubles(job->comm, all, 4);

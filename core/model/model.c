@@ -330,10 +330,11 @@ sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t ba
         for (int64_t b = 0; b < batch; b++)
             for (int64_t i = first; i < first + each; i++, row++) {
                 const int32_t in = tokens[b * (n + 1) + i], target = tokens[b * (n + 1) + i + 1];
-                if (in < 0 || in >= V || target >= V)
+                const bool padding = in < 0 && i > 0 && target < 0;
+                if ((in < 0 && !padding) || in >= V || target >= V)
                     return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld",
                                     in < 0 || in >= V ? in : target, (long long)V);
-                m->inputs[row] = in;
+                m->inputs[row] = padding ? 0 : in;
                 m->targets[row] = target;
             }
     }

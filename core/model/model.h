@@ -90,7 +90,7 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool
 
 /* Forward only.  logp, best [batch][n] where not NULL: log p of each target, and whether it
    had the largest logit (ranks that share sequences: of the rank's own, chunk by chunk).  Targets < 0 are padding: not
-   counted, logp 0.  [collective] as sel_model_train. */
+   counted, logp 0; so may be whole ends of sequences.  [collective] as sel_model_train. */
 sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
                            double *logp, uint8_t *best, sel_batch_stats *stats);
 
