@@ -60,6 +60,21 @@ enum {
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
+/* Theirs of attention_carry and attention_carry_backward (attention_words_carry.h). */
+typedef struct {
+    int64_t rows, tiles, columns;
+    int64_t group, groups;           /* with dead keys: row tiles a saved carry stands for; how many carries */
+    int64_t thread0, thread_size;
+    int64_t kt;                      /* forward, in a thread's scratch */
+    int64_t z, zk, dk, dq;           /* backward */
+    int64_t pack0, pack_size;
+    int64_t qt;                      /* in a sequence's pack; the rest backward's alone */
+    int64_t q_rows, k, k_pairs, list, dcarry;
+    int64_t total;
+} carry_plan;
+
+carry_plan sel_attention_carry_plan(const sel_attention *a, bool backward);
+
 /* Does the selection have rows of its own, or is it made of head 0's? */
 static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
 
