@@ -43,6 +43,7 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
                               sel_batch_stats *sum)
 {
     const int64_t N = job->N;
+    const bool shared = job->sequence > 1;
     int32_t *const tokens = malloc((size_t)(job->batch * (N + 1)) * sizeof *tokens);
     double *const logp = malloc((size_t)(job->batch * N) * sizeof *logp);
     sel_status rc = SEL_OK;
@@ -60,7 +61,7 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
         if (rc == SEL_OK && n < N && n > 0) rc = read_window(s, w, tokens, &n);
         if (rc == SEL_OK && n < N && n > 0) {
             for (int64_t i = n + 1; i <= N; i++) tokens[i] = -1;
-            rc = score_batch(job, w, 1, job->shared ? N : n, tokens, logp, sum);   /* chunks are those of a whole one */
+            rc = score_batch(job, w, 1, shared ? N : n, tokens, logp, sum);   /* chunks are those of a whole one */
         }
         if (n < N) w++;
         if (job->progress) job->progress(job->ctx, w - begin, end - begin);
@@ -76,9 +77,10 @@ static sel_status score(const sel_score_job *job, const stream *s, int64_t windo
     if (job->max_windows && windows > job->max_windows) windows = job->max_windows;
     if (!job->comm) return score_range(job, s, 0, windows, sum);
 
-    const sel_status rc = score_range(job, s, windows * job->share / job->shares,
-                                      windows * (job->share + 1) / job->shares, sum);
-    if (rc != SEL_OK && job->shared) sel_comm_die(job->comm, "scoring");   /* others are in the middle of a layer */
+    const int sequence = job->sequence > 1 ? job->sequence : 1;
+    const int64_t share = sel_comm_rank(job->comm) / sequence, shares = sel_comm_size(job->comm) / sequence;
+    const sel_status rc = score_range(job, s, windows * share / shares, windows * (share + 1) / shares, sum);
+    if (rc != SEL_OK && sequence > 1) sel_comm_die(job->comm, "scoring");   /* others are in the middle of a layer */
     SEL_TRY(sel_comm_agree(job->comm, rc));
     double all[4] = { sum->loss, sum->memory, (double)sum->tokens, (double)sum->correct };
     sel_comm_sum_doubles(job->comm, all, 4);

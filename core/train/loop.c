@@ -79,7 +79,7 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
     const int64_t N = t->config->model.context, most = t->config->train.validate_tokens;
     const sel_score_job job = { .model = t->model, .params = t->params, .batch = t->micro, .N = N,
                                 .max_windows = (most + N - 1) / N, .comm = t->comm,
-                                .share = t->mesh.data_rank, .shares = t->mesh.data, .shared = t->sequence != NULL };
+                                .sequence = t->mesh.sequence };
     sel_batch_stats sum;
 
     sel_fault("validate", t->step, "");
