@@ -1,6 +1,6 @@
 /* attention.c: tiles, groups and scratch of an attention call (attention_plan.h); no arithmetic.
  *
- * The definition is attention.h, as a program tests/reference.c; the portable kernel attention_{forward,backward}_c.c;
+ * The definition is attention.h, as a program tests/reference.c; portable: attention_{forward,backward,carry}_c.c;
  * AVX-512's attention_words*.h, installed by attention_avx512*.c, which also choose for each call.
  */
 #include "core/base/error.h"

@@ -27,10 +27,14 @@ static job new_job(const sel_attention *a, const sel_attention_grad *g, const at
 {
     float *const base = a->workspace;
     return (job){ .a = a, .g = g, .p = p, .b = b, .from = attention_selection(a),
-                  .scratch = base + p->thread0 + thread * p->thread_size, .pack = base + p->pack0 + set * p->pack_size };
+                  .scratch = base + p->thread0 + thread * p->thread_size,
+                  .pack = base + p->pack0 + set * p->pack_size };
 }
 
-static const float *query_row(const job *w, int64_t row) { return w->from.q + w->b * w->from.q_seq + row * w->from.q_row; }
+static const float *query_row(const job *w, int64_t row)
+{
+    return w->from.q + w->b * w->from.q_seq + row * w->from.q_row;
+}
 static const float *key_row(const job *w, int64_t j) { return w->from.k + w->b * w->from.k_seq + j * w->from.k_row; }
 
 /* Keys of column tile J, *stride apart: as they lie, or copied (padded to `padded` values, rounded). */
@@ -45,7 +49,10 @@ static const float *column_keys(const job *w, int64_t J, float *copy, bool copie
 }
 
 /* The first row tile that sees column tile J. */
-static int64_t first_tile(const sel_attention *a, int64_t J) { return J * TILE > a->i0 ? (J * TILE - a->i0) / TILE : 0; }
+static int64_t first_tile(const sel_attention *a, int64_t J)
+{
+    return J * TILE > a->i0 ? (J * TILE - a->i0) / TILE : 0;
+}
 
 /* ---- column sums of S ---- */
 

@@ -1,11 +1,11 @@
-/* attention_words_carry.h: attention_carry and attention_carry_backward (attention.h) for AVX-512; included once a kernel
- * file.
+/* attention_words_carry.h: attention_carry and attention_carry_backward (attention.h) for AVX-512; included once a
+ * kernel file.
  *
  * Sums go down rows, so here keys lie in the lanes: K^T of a column tile stays in the cache, all rows pass by, and what
  * is summed stays in registers.
  *
- * Gradients: dL[i,j] is dcarry[j] or nothing, the gate of S.  A key whose dcarry is 0, as that of every dead one is, has
- * none: keys are gathered into a list of those that have, in order, and a key is known by its place there and its
+ * Gradients: dL[i,j] is dcarry[j] or nothing, the gate of S.  A key whose dcarry is 0, as that of every dead one is,
+ * has none: keys are gathered into a list of those that have, in order, and a key is known by its place there and its
  * position.  Two tiles of keys and two of rows go together, as in backward.
  */
 #ifndef SEL_OPS_ATTENTION_WORDS_CARRY_H
@@ -79,11 +79,10 @@ INLINE void sum_block(carry_job *w, const word *Q, const word *K, const bool mas
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
         for (int v = 0; v < 2; v++) {
-            const int64_t lanes = last + r + 1 - v * V16;
+            const int64_t n = last + r + 1 - v * V16;
+            const __mmask16 seen = (__mmask16)(!masked || n >= V16 ? 0xffff : n <= 0 ? 0 : 0xffff >> (V16 - n));
             if (relu) x[r][v] = _mm512_max_ps(x[r][v], _mm512_setzero_ps());
-            if (masked)
-                x[r][v] = _mm512_maskz_mov_ps((__mmask16)(lanes >= 16 ? 0xffff : lanes <= 0 ? 0 : 0xffff >> (16 - lanes)),
-                                              x[r][v]);
+            if (masked) x[r][v] = _mm512_maskz_mov_ps(seen, x[r][v]);
         }
     #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) {   /* by pairs: a sum over many rows is a sum over few */
@@ -204,7 +203,9 @@ static void pack_selecting_rows(const carry_job *w, int64_t I)
     for (int i = 0; i < TILE; i += PAIR)
         if (i >= n) memset(to + i / PAIR * dh, 0, (size_t)dh * sizeof *to);
 #if WORD_BF16
-        else pair_rows(to + i / 2 * dh, selecting_row(w, row0 + i), i + 1 < n ? selecting_row(w, row0 + i + 1) : NULL, dh);
+        else
+            pair_rows(to + i / 2 * dh, selecting_row(w, row0 + i), i + 1 < n ? selecting_row(w, row0 + i + 1) : NULL,
+                      dh);
 #else
         else row_words(to + i * dh, selecting_row(w, row0 + i), dh);
 #endif
@@ -257,8 +258,10 @@ INLINE void gate_block(carry_job *w, gate_tile *t, const word *K, const word *Qt
         const __m512i both_low = _mm512_or_si512(low, _mm512_srli_epi32(low, 16));
         const __m512i both_high = _mm512_or_si512(high, _mm512_srli_epi32(high, 16));
         word *const z = t->z + (j0 + r) * TILE_WORDS + lane / 2, *const zk = t->zk + (j0 + r) / 2 * TILE + lane;
-        _mm512_storeu_si512(z, _mm512_maskz_mov_epi16(_mm512_kunpackw(on[r][1], on[r][0]), both_low));
-        _mm512_storeu_si512(z + TILE_WORDS, _mm512_maskz_mov_epi16(_mm512_kunpackw(on[r + 1][1], on[r + 1][0]), both_high));
+        const __mmask32 on_low = _mm512_kunpackw(on[r][1], on[r][0]);
+        const __mmask32 on_high = _mm512_kunpackw(on[r + 1][1], on[r + 1][0]);
+        _mm512_storeu_si512(z, _mm512_maskz_mov_epi16(on_low, both_low));
+        _mm512_storeu_si512(z + TILE_WORDS, _mm512_maskz_mov_epi16(on_high, both_high));
         for (int v = 0; v < 2; v++)
             _mm512_storeu_si512(zk + v * V16, _mm512_or_si512(_mm512_maskz_srli_epi32(on[r][v], low, 16),
                                                               _mm512_maskz_mov_epi32(on[r + 1][v], high)));
