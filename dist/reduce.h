@@ -31,7 +31,8 @@ typedef struct {
     bool bfloat16;   /* gradients travel between hosts as bfloat16: a sum is off by at most 2^-9 of the hosts' terms,
                         each taken absolutely, and 2^-9 of the result; off the wire all is float32 */
     bool fixed_tree; /* the tree over ranks must be the whole binary one, wherever the ranks are: their number is a
-                        power of two (but see sequence), and hosts that do not fit into the tree count as so many single ranks */
+                        power of two (but see sequence), and hosts that do not fit into the tree count as so many
+                        single ranks */
     int sequence;            /* 0, 1, or ranks of a sequence group (neighbours): fixed_tree is then one tree over the
                                 groups' first ranks, one over their second ranks, ..., and a tree over these; the number
                                 of groups is a power of two */

@@ -23,7 +23,8 @@ static void test_init(void)
     CHECK(sel_mesh_init(&m, 0, 4, 3, 1) == SEL_EUSER && strstr(sel_error(), "data 4"), "%s", sel_error());
     for (int rank = 0; rank < 6; rank++) {
         CHECK_OK(sel_mesh_init(&m, rank, 6, 0, 3));
-        CHECK(m.data == 2 && m.sequence == 3 && m.data_rank == rank / 3 && m.sequence_rank == rank % 3, "rank %d", rank);
+        CHECK(m.data == 2 && m.sequence == 3 && m.data_rank == rank / 3 && m.sequence_rank == rank % 3, "rank %d",
+              rank);
     }
     CHECK_OK(sel_mesh_init(&m, 5, 6, 1, 6));
     CHECK(sel_mesh_init(&m, 0, 6, 3, 3) == SEL_EUSER && strstr(sel_error(), "data 2"), "%s", sel_error());

@@ -20,7 +20,8 @@ alike() {
     echo "    $2: $far"
     check "losses of $1 and $2 differ by $far" awk -v d="$far" 'BEGIN { exit !(d <= 1e-4) }'
     far=$(grep -ho '"val_loss":[^,]*,"val_tokens":[0-9]*' "$1/metrics.jsonl" "$2/metrics.jsonl" | tr ':,' '  ' |
-          awk '{ v[NR] = $2; n[NR] = $4 } END { d = v[1] - v[2]; print NR == 2 && n[1] == n[2] ? (d < 0 ? -d : d) : 9e9 }')
+          awk '{ v[NR] = $2; n[NR] = $4 }
+               END { d = v[1] - v[2]; print NR == 2 && n[1] == n[2] ? (d < 0 ? -d : d) : 9e9 }')
     check "validation losses of $1 and $2 differ by $far" awk -v d="$far" 'BEGIN { exit !(d <= 1e-4) }'
 }
 

@@ -25,7 +25,8 @@
 /* Cases: the sets of switches, then two with the bilinear source. */
 enum { CASES = SWITCHES + 2 };
 static inline bool is_bilinear(int c) { return c >= SWITCHES; }
-static inline int switches_of(int c) { return c < SWITCHES ? c : c == SWITCHES ? 1 : 6; }   /* selective; no self, no shift */
+/* selective; no self, no shift */
+static inline int switches_of(int c) { return c < SWITCHES ? c : c == SWITCHES ? 1 : 6; }
 
 /* A model, its data, and what the reference makes of them. */
 typedef struct {
@@ -150,7 +151,8 @@ static inline void way_name(char *text, size_t size, const way *w)
              sel_cpu_level_name(w->level), w->threads, (int)w->micro);
 }
 
-static inline sel_model *model_open(const example *e, const way *w, sel_use use, const sel_ops *ops, sel_linear_engine *engine)
+static inline sel_model *model_open(const example *e, const way *w, sel_use use, const sel_ops *ops,
+                                    sel_linear_engine *engine)
 {
     const sel_ref_attention *a = &e->ref.attention;
     sel_model *m = NULL;

@@ -146,7 +146,8 @@ static void test_switches(sel_ops *ops, sel_linear_engine *engine)
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
         for (int c = 0; c < CASES; c++, next++) {
             /* F without relu grows with the rows, and float's rounding with it: on short sequences only */
-            if (shapes[i].dims.N > 100 && switches[switches_of(c)].selective && !switches[switches_of(c)].relu) continue;
+            const int s = switches_of(c);
+            if (shapes[i].dims.N > 100 && switches[s].selective && !switches[s].relu) continue;
             example e = example_new(&shapes[i].dims, shapes[i].B, shapes[i].dims.N, c, next % 2 ? 0.3 : 0.0,
                                     (uint64_t)next);
             const way w = { .backend = SEL_LINEAR_ONEDNN, .threads = 1, .micro = next % 3 ? 2 : 1, .level = ops->level,
@@ -194,8 +195,8 @@ static void test_long(int64_t n, int c, bool bfloat16, sel_ops *ops, sel_linear_
             if (rank == 0) {
                 printf("    %d %-12s  %8.1e  %8.1e %8.1e  %8.1e\n", groups[g],
                        groups[g] == 1 ? "" : zigzag ? "zigzag" : "contiguous", o.loss, o.memory, o.logp, o.gradient);
-                CHECK(o.gradient <= 1.5 * alone.gradient, "%s: %d ranks: gradient off by %.3g, 1 rank's by %.3g", e.name,
-                      groups[g], o.gradient, alone.gradient);
+                CHECK(o.gradient <= 1.5 * alone.gradient, "%s: %d ranks: gradient off by %.3g, 1 rank's by %.3g",
+                      e.name, groups[g], o.gradient, alone.gradient);
                 if (bfloat16) CHECK(o.loss < 5e-3, "%s: loss off by %.3g", e.name, o.loss);
             }
             free(o.grads);

@@ -1,6 +1,7 @@
 /* plan.h: a model's memory: what is kept for backward, what is scratch.  Only core/model includes it.
  *
- * T = batch * tokens rows; where ranks share sequences those of this rank: [chunk][batch][each].  Kept a layer: what backward cannot cheaply rebuild.  Rebuilt:
+ * T = batch * tokens rows; where ranks share sequences those of this rank: [chunk][batch][each].
+ * Kept a layer: what backward cannot cheaply rebuild.  Rebuilt:
  * the norms' outputs, the normed q and k, silu(gate) * up.
  */
 #ifndef SEL_CORE_MODEL_PLAN_H
