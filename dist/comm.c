@@ -209,6 +209,7 @@ void sel_comm_split(sel_comm **out, sel_comm *c, int part)
     s->all = sel_alloc((size_t)s->size * FOLD_BLOCK * sizeof *s->all, "the communicator");
     if (!s->all) sel_comm_die(c, __func__);
     know_neighbours(s);
+    s->crowded = s->crowded || c->crowded;   /* by ranks of other parts, too */
     *out = s;
     sel_pulse_leave();
 }

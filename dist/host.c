@@ -71,7 +71,9 @@ sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, size_t bytes,
     void *mine;
 
     *out = NULL;
-    rc = c->host_rank == 0 ? room((size_t)c->host_size * part, what) : SEL_OK;
+    uint64_t all = part;
+    CK(c, MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_UINT64_T, MPI_SUM, c->host));
+    rc = c->host_rank == 0 ? room(all, what) : SEL_OK;
     if (rc == SEL_OK && !(w = calloc(1, sizeof *w))) rc = sel_fail(SEL_ENOMEM, "%s: out of memory", what);
     if (w && !(w->parts = calloc((size_t)c->host_size, sizeof *w->parts)))
         rc = sel_fail(SEL_ENOMEM, "%s: out of memory", what);

@@ -15,9 +15,8 @@
 
 typedef struct sel_host_window sel_host_window;
 
-/* [collective, all ranks of the job] A window with `bytes` bytes of each rank (the same number on all), zeroed, at
-   multiples of 64 bytes, on memory near the rank that owns it.  SEL_ENOMEM on all ranks, with the line of a rank that
-   could not (SEL_EIO, where the host lends no shared memory at all): *w is NULL then.  `what` names it in messages. */
+/* [collective, all ranks of c] A window with `bytes` bytes of this rank (which may differ), zeroed, at multiples
+   of 64 bytes, on memory near the rank that owns it.  SEL_ENOMEM on all ranks, with the line of a rank that could not (SEL_EIO, where the host lends no shared memory at all): *w is NULL then.  `what` names it in messages. */
 sel_status sel_host_window_new(sel_host_window **w, sel_comm *c, size_t bytes, const char *what);
 
 /* [collective] NULL is fine; sets *w to NULL. */

@@ -35,6 +35,7 @@ struct sel_reducer {
     char *alone;
     meeting **meetings;         /* [ranks] */
     float **grads, **params;    /* [ranks] arrays of the group's ranks; params NULL without zero */
+    int *order;                 /* [ranks] ranks of the group, in the order of the tree */
     float **table;              /* [2 ranks] scratch */
     sel_exchange *exchange;     /* NULL: one group, or no part */
 
@@ -56,6 +57,14 @@ static size_t array_bytes(int64_t n)
     return ((size_t)n * sizeof(float) + 63) / 64 * 64;
 }
 
+/* The place in the tree of a rank: with a fixed tree a sequence group's ranks are far apart in it, so that how many
+   groups share the leaves of a batch changes nothing. */
+static int in_tree(const sel_reducer *r, int rank)
+{
+    const int s = r->opt.fixed_tree && r->opt.sequence > 1 ? r->opt.sequence : 1;
+    return rank % s * (sel_comm_size(r->comm) / s) + rank / s;
+}
+
 /* Groups are hosts, or, where that cannot be, single ranks. */
 static void choose_groups(sel_reducer *r, bool hosts)
 {
@@ -64,14 +73,15 @@ static void choose_groups(sel_reducer *r, bool hosts)
     r->ranks = hosts ? sel_comm_host_size(c) : 1;
     r->me = hosts ? sel_comm_host_rank(c) : 0;
     r->groups = hosts ? sel_comm_hosts(c) : sel_comm_size(c);
-    r->group = hosts ? sel_comm_host_index(c) : sel_comm_rank(c);
+    r->group = hosts ? sel_comm_host_index(c) : in_tree(r, sel_comm_rank(c));
     r->parts = hosts ? sel_comm_host_least(c) : 1;
 }
 
 /* Whether the tree over hosts of trees over their ranks is the whole tree over all ranks. */
-static bool hosts_fit(const sel_comm *c)
+static bool hosts_fit(const sel_comm *c, int sequence)
 {
     const int least = sel_comm_host_least(c);
+    if (sequence > 1) return sel_comm_hosts(c) == 1;
     return power_of_two(least) && power_of_two(sel_comm_hosts(c)) && least * sel_comm_hosts(c) == sel_comm_size(c);
 }
 
@@ -87,9 +97,11 @@ static sel_status make_arrays(sel_reducer *r)
         ; /* one rank a host: a window would have nobody to share it with */
     } else if (r->opt.no_window) {
         snprintf(r->note, sizeof r->note, "ranks of a host reduce by MPI, as dist.shared_memory asks");
-    } else if (r->opt.fixed_tree && !hosts_fit(r->comm)) {
-        snprintf(r->note, sizeof r->note, "dist.virtual_ranks: hosts with unlike numbers of ranks, or not powers of "
-                 "two, do not fit into the fixed tree; all ranks reduce by MPI");
+    } else if (r->opt.fixed_tree && !hosts_fit(r->comm, r->opt.sequence)) {
+        snprintf(r->note, sizeof r->note, "dist.virtual_ranks: %s; all ranks reduce by MPI",
+                 r->opt.sequence > 1 ? "sequence groups on several hosts do not fit into the fixed tree"
+                                     : "hosts with unlike numbers of ranks, or not powers of two, do not fit into the "
+                                       "fixed tree");
     } else if ((rc = sel_host_window_new(&r->window, r->comm, bytes, what)) == SEL_OK) {
         hosts = true;
     } else {
@@ -103,7 +115,8 @@ static sel_status make_arrays(sel_reducer *r)
     r->grads = calloc((size_t)r->ranks, sizeof *r->grads);
     r->params = calloc((size_t)r->ranks, sizeof *r->params);
     r->table = calloc(2 * (size_t)r->ranks, sizeof *r->table);
-    if (rc == SEL_OK && (!r->meetings || !r->grads || !r->params || !r->table))
+    r->order = calloc((size_t)r->ranks, sizeof *r->order);
+    if (rc == SEL_OK && (!r->order || !r->meetings || !r->grads || !r->params || !r->table))
         rc = sel_fail(SEL_ENOMEM, "out of memory");
     SEL_TRY(sel_comm_agree(r->comm, rc));
     for (int p = 0; p < r->ranks; p++) {
@@ -111,6 +124,9 @@ static sel_status make_arrays(sel_reducer *r)
         r->meetings[p] = (meeting *)(void *)part;
         r->grads[p] = (float *)(void *)(part + sizeof(meeting));
         r->params[p] = r->opt.zero ? (float *)(void *)(part + sizeof(meeting) + each) : NULL;
+        /* in_tree() is of all ranks: more than one of them are here only where this host has them all, or they are in
+           order */
+        r->order[r->ranks > 1 && sel_comm_hosts(r->comm) == 1 ? in_tree(r, p) : p] = p;
     }
     return SEL_OK;
 }
@@ -125,7 +141,7 @@ sel_status sel_reducer_new(sel_reducer **out, sel_comm *c, const sel_reducer_opt
         free(r);
         return rc;
     }
-    SEL_ASSERT(!o->fixed_tree || power_of_two(sel_comm_size(c)));
+    SEL_ASSERT(!o->fixed_tree || power_of_two(sel_comm_size(c) / (o->sequence > 1 ? o->sequence : 1)));
     r->comm = c;
     r->opt = *o;
     rc = make_arrays(r);
@@ -157,6 +173,7 @@ void sel_reducer_free(sel_reducer **reducer)
     free(r->grads);
     free(r->params);
     free(r->table);
+    free(r->order);
     free(r);
     *reducer = NULL;
 }
@@ -186,7 +203,8 @@ static void move(sel_reducer *r, float **arrays, int k, bool fold, bool to_all)
     int n_in = 0, n_out = 0;
 
     sel_buckets_part(&r->cut, k, r->me, &begin, &end);
-    for (int p = 0; p < r->ranks; p++) {
+    for (int i = 0; i < r->ranks; i++) {
+        const int p = r->order[i];
         if (fold || p == r->me) in[n_in++] = arrays[p] + begin;
         if (fold ? to_all || p == r->me : p != r->me) out[n_out++] = arrays[p] + begin;
     }
@@ -381,4 +399,13 @@ void sel_reducer_wire(sel_reducer *r, sel_wire *w)
 {
     *w = r->wire;
     r->wire = (sel_wire){0};
+}
+
+void sel_wire_add(sel_wire *sum, const sel_wire *w)
+{
+    sum->wire_bytes += w->wire_bytes;
+    sum->wire_least += w->wire_least;
+    sum->host_bytes += w->host_bytes;
+    sum->wait_seconds += w->wait_seconds;
+    sum->busy_seconds += w->busy_seconds;
 }

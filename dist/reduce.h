@@ -31,7 +31,11 @@ typedef struct {
     bool bfloat16;   /* gradients travel between hosts as bfloat16: a sum is off by at most 2^-9 of the hosts' terms,
                         each taken absolutely, and 2^-9 of the result; off the wire all is float32 */
     bool fixed_tree; /* the tree over ranks must be the whole binary one, wherever the ranks are: their number is a
-                        power of two, and hosts that do not fit into the tree count as so many single ranks */
+                        power of two (but see sequence), and hosts that do not fit into the tree count as so many
+                        single ranks */
+    int sequence;            /* 0, 1, or ranks of a sequence group (neighbours): fixed_tree is then one tree over the
+                                groups' first ranks, one over their second ranks, ..., and a tree over these; the number
+                                of groups is a power of two */
     bool no_window;          /* as if no host lent shared memory */
     bool no_overlap;         /* nothing moves before sel_reducer_finish, sel_reducer_gather: shows what overlap hides */
     int threads;             /* that add up */
@@ -83,5 +87,8 @@ typedef struct {
     double busy_seconds;    /* it was under way: 1 - wait / busy was hidden behind computing */
 } sel_wire;
 void sel_reducer_wire(sel_reducer *r, sel_wire *w);
+
+/* *sum += *w */
+void sel_wire_add(sel_wire *sum, const sel_wire *w);
 
 #endif

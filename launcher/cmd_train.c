@@ -73,9 +73,14 @@ static void show_start(void *ctx, const sel_train_start *s)
            s->level, s->linear, s->precision, s->mpi);
     printf("%s\n", s->binding);
     printf("%s parameters, %.0f MiB a rank; %s training tokens in %" PRId64 " windows; %" PRId64
-           " sequences a rank in micro-batches of %" PRId64 "; matrix-product peak %.0f GFLOP/s a rank\n",
-           params, (double)s->memory_bytes / 1048576.0, tokens, s->windows, s->local_batch, s->micro_batch,
+           " sequences a %s in micro-batches of %" PRId64 "; matrix-product peak %.0f GFLOP/s a rank\n",
+           params, (double)s->memory_bytes / 1048576.0, tokens, s->windows, s->local_batch,
+           s->sequence > 1 ? "group" : "rank", s->micro_batch,
            s->peak_gflops);
+    if (s->sequence > 1)
+        printf("%d ranks share each sequence, %s; %d sequence groups\n", s->sequence,
+               s->zigzag ? "an early and a late chunk each (zigzag)" : "one chunk each (contiguous)",
+               s->ranks / s->sequence);
     if (s->resumed_from >= 0) printf("resuming from step %" PRId64 "\n", s->resumed_from);
     fflush(stdout);
 }

@@ -208,7 +208,8 @@ carry_plan sel_attention_carry_plan(const sel_attention *a, bool backward)
     int64_t end = 0, pack = 0;
 
     p.rows = a->i1 - a->i0;
-    p.tiles = ceil_div(p.rows, TILE);
+    p.height = backward && a->dead_after ? live_height(p.rows) : TILE;   /* keys die where row tiles of forward begin */
+    p.tiles = ceil_div(p.rows, p.height);
     p.columns = ceil_div(a->i1, TILE);
     p.group = tiles_a_group(p.tiles);
     p.groups = ceil_div(p.tiles, p.group);

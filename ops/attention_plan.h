@@ -66,7 +66,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
 /* Theirs of attention_carry and attention_carry_backward (attention_words_carry.h). */
 typedef struct {
-    int64_t rows, tiles, columns;
+    int64_t rows, height;            /* height: rows of a row tile */
+    int64_t tiles, columns;
     int64_t group, groups;           /* with dead keys: row tiles a saved carry stands for; how many carries */
     int64_t thread0, thread_size;
     int64_t kt;                      /* forward, in a thread's scratch */

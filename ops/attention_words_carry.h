@@ -53,17 +53,20 @@ static word *transposed_rows(const carry_job *w, int64_t I)
 
 static int rows_in(const carry_job *w, int64_t I)
 {
-    const int64_t left = w->p->rows - I * TILE;
-    return (int)(left < TILE ? left : TILE);
+    const int64_t left = w->p->rows - I * w->p->height;
+    return (int)(left < w->p->height ? left : w->p->height);
 }
 
 static void transpose_tile(const carry_job *w, int64_t I)
 {
-    transpose_words(transposed_rows(w, I), selecting_row(w, I * TILE), w->from.q_row, rows_in(w, I), w->a->dh);
+    transpose_words(transposed_rows(w, I), selecting_row(w, I * w->p->height), w->from.q_row, rows_in(w, I), w->a->dh);
 }
 
 /* The first row tile with a row at or after position j. */
-static int64_t tile_seeing(const sel_attention *a, int64_t j) { return j > a->i0 ? (j - a->i0) / TILE : 0; }
+static int64_t tile_seeing(const carry_job *w, int64_t j)
+{
+    return j > w->a->i0 ? (j - w->a->i0) / w->p->height : 0;
+}
 
 /* ---- column sums of S ---- */
 
@@ -104,12 +107,12 @@ static void sum_column(carry_job *w, int64_t J)
 
     transpose_words(Kt, selecting_key(w, j0), w->from.k_row, (int)cols, a->dh);
     for (int h = 0; h < TILE / 32; h++) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
-    for (int64_t I = tile_seeing(a, j0); I < w->p->tiles; I++) {
+    for (int64_t I = tile_seeing(w, j0); I < w->p->tiles; I++) {
         const word *const Qt = transposed_rows(w, I);
         const int end = (rows_in(w, I) + 7) / 8;
         for (int h = 0; h < TILE / 32; h++)
             for (int block = 0; block < end; block++) {
-                const int64_t last = a->i0 + I * TILE + block * 8 - (j0 + h * 32) - a->protect_self;
+                const int64_t last = a->i0 + I * w->p->height + block * 8 - (j0 + h * 32) - a->protect_self;
                 if (last + 7 < 0) continue;
                 if (last < 31) sum_block(w, Qt + block * 8, Kt + h * 32, true, last, sums[h]);
                 else sum_block(w, Qt + block * 8, Kt + h * 32, false, last, sums[h]);
@@ -196,7 +199,7 @@ static void pack_listed(const carry_job *w, int64_t c)
 /* Packs row tile I: Q^T, and Q by pairs of rows. */
 static void pack_selecting_rows(const carry_job *w, int64_t I)
 {
-    const int64_t dh = w->a->dh, row0 = I * TILE;
+    const int64_t dh = w->a->dh, row0 = I * w->p->height;
     word *const to = (word *)(w->pack + w->p->q_rows) + I * TILE_WORDS * dh;
     const int n = rows_in(w, I);
     transpose_tile(w, I);
@@ -279,7 +282,7 @@ INLINE void gate_block(carry_job *w, gate_tile *t, const word *K, const word *Qt
 APART bool make_gate(carry_job *w, int64_t I, int64_t c, int at, gate_tile *t)
 {
     const sel_attention *a = w->a;
-    const int64_t row0 = a->i0 + I * TILE, left = w->kept - c * TILE, size = TILE * TILE_WORDS;
+    const int64_t row0 = a->i0 + I * w->p->height, left = w->kept - c * TILE, size = TILE * TILE_WORDS;
     const int32_t *const keys = kept_keys(w) + c * TILE;
     const int cols = (int)(left < TILE ? left : TILE), self = a->protect_self;
     const word *const K = (const word *)(w->pack + w->p->k) + c * TILE * a->dh / PAIR;
@@ -380,7 +383,7 @@ static void carry_columns(carry_job *w, int64_t c0)
     float *const dK = w->scratch + p->dk, *const dQ = w->scratch + p->dq;
 
     memset(dK, 0, (size_t)(SIDE * size) * sizeof *dK);
-    for (int64_t I0 = tile_seeing(a, kept_keys(w)[c0 * TILE]); I0 < p->tiles; I0 += SIDE) {
+    for (int64_t I0 = tile_seeing(w, kept_keys(w)[c0 * TILE]); I0 < p->tiles; I0 += SIDE) {
         gate_tile tiles[SIDE][SIDE];
         bool seen[SIDE][SIDE] = { { false } };
         for (int r = 0; r < SIDE && I0 + r < p->tiles; r++)
@@ -416,9 +419,10 @@ static void carry_columns(carry_job *w, int64_t c0)
 static void store_tile_rows(const carry_job *w, int64_t I, int threads)
 {
     const selection_gradients to = attention_selection_gradients(w->a, w->g);
-    for (int64_t row = I * TILE; row < I * TILE + rows_in(w, I); row++)
-        add_scaled(to.dq + w->b * to.dq_seq + row * to.dq_row, w->scratch + w->p->dq + row * w->a->dh,
-                   w->p->thread_size, threads, w->a->dh);
+    float *const dq = to.dq + w->b * to.dq_seq + I * w->p->height * to.dq_row;
+    for (int row = 0; row < rows_in(w, I); row++)
+        add_scaled(dq + row * to.dq_row, w->scratch + w->p->dq + (I * TILE + row) * w->a->dh, w->p->thread_size,
+                   threads, w->a->dh);
 }
 
 static void round_dcarry(const carry_job *w, int64_t c)

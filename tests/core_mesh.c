@@ -21,11 +21,68 @@ static void test_init(void)
         CHECK(sel_mesh_init(&m, 0, size, 1, 1) == (size == 1 ? SEL_OK : SEL_EUSER), "data 1 of %d", size);
     }
     CHECK(sel_mesh_init(&m, 0, 4, 3, 1) == SEL_EUSER && strstr(sel_error(), "data 4"), "%s", sel_error());
-    CHECK(sel_mesh_init(&m, 0, 4, 2, 2) == SEL_EUSER && strstr(sel_error(), "dist.mesh.sequence"), "%s", sel_error());
+    for (int rank = 0; rank < 6; rank++) {
+        CHECK_OK(sel_mesh_init(&m, rank, 6, 0, 3));
+        CHECK(m.data == 2 && m.sequence == 3 && m.data_rank == rank / 3 && m.sequence_rank == rank % 3, "rank %d",
+              rank);
+    }
+    CHECK_OK(sel_mesh_init(&m, 5, 6, 1, 6));
+    CHECK(sel_mesh_init(&m, 0, 6, 3, 3) == SEL_EUSER && strstr(sel_error(), "data 2"), "%s", sel_error());
+    CHECK(sel_mesh_init(&m, 0, 6, 0, 4) == SEL_EUSER && strstr(sel_error(), "3 or 6"), "%s", sel_error());
+    CHECK(sel_mesh_init(&m, 0, 6, 0, 7) == SEL_EUSER && strstr(sel_error(), "6 would"), "%s", sel_error());
+    CHECK(sel_mesh_init(&m, 0, 6, 0, INT64_MAX) == SEL_EUSER && strstr(sel_error(), "6 would"), "%s", sel_error());
+    CHECK(sel_mesh_init(&m, 0, 6, 0, -1) == SEL_EUSER && strstr(sel_error(), "1 would"), "%s", sel_error());
     CHECK(sel_mesh_init(&m, 0, 4, 0, 0) == SEL_EUSER, "sequence 0");
     CHECK(sel_mesh_init(&m, 0, 4, -4, 1) == SEL_EUSER, "data -4");
     CHECK(sel_mesh_init(&m, 0, 4, INT64_MAX, 1) == SEL_EUSER, "huge data");
     CHECK(sel_mesh_init(&m, 0, 4, 4 + ((int64_t)1 << 32), 1) == SEL_EUSER, "data that is 4 in 32 bits");
+}
+
+/* Every token belongs to one chunk of one rank; zigzag gives all ranks the same number of (query, key) pairs. */
+static void test_chunks(void)
+{
+    for (int size = 1; size <= 8; size++)
+        for (int64_t each = 1; each <= 3; each++)
+            for (int zigzag = 0; zigzag < 2; zigzag++) {
+                const int64_t n = each * size * (zigzag && size > 1 ? 2 : 1);
+                int seen[64] = { 0 };
+                int64_t first_pairs = 0;
+                for (int rank = 0; rank < size; rank++) {
+                    sel_mesh m;
+                    sel_chunks c;
+                    int64_t pairs = 0;
+                    CHECK_OK(sel_mesh_init(&m, rank, size, 1, size));
+                    CHECK_OK(sel_mesh_chunks(&m, n, zigzag ? SEL_CUT_ZIGZAG : SEL_CUT_CONTIGUOUS, &c));
+                    CHECK(c.each == each && c.tokens == n && c.ranks == size && c.rank == rank, "%d of %d", rank, size);
+                    for (int k = 0; k < c.chunks; k++) {
+                        const int place = sel_chunk_place(&c, rank, k);
+                        int back;
+                        CHECK(sel_chunk_owner(&c, place, &back) == rank && back == k, "chunk %d", place);
+                        CHECK(k == 0 || place > sel_chunk_place(&c, rank, k - 1), "chunks of a rank ascend");
+                        for (int64_t i = place * each; i < (place + 1) * each; i++) {
+                            seen[i]++;
+                            pairs += i + 1;
+                        }
+                    }
+                    if (rank == 0) first_pairs = pairs;
+                    CHECK(!zigzag || pairs == first_pairs, "rank %d has %lld pairs", rank, (long long)pairs);
+                }
+                for (int64_t i = 0; i < n; i++) CHECK(seen[i] == 1, "token %d: %d owners", (int)i, seen[i]);
+            }
+
+    sel_mesh m;
+    sel_chunks c;
+    CHECK_OK(sel_mesh_init(&m, 0, 3, 0, 3));
+    CHECK_OK(sel_mesh_chunks(&m, 12, SEL_CUT_AUTO, &c));
+    CHECK(c.chunks == 2 && c.each == 2, "auto of 12");
+    CHECK_OK(sel_mesh_chunks(&m, 9, SEL_CUT_AUTO, &c));
+    CHECK(c.chunks == 1 && c.each == 3, "auto of 9");
+    CHECK(sel_mesh_chunks(&m, 100, SEL_CUT_AUTO, &c) == SEL_EUSER && strstr(sel_error(), "99 or 102") &&
+              strstr(sel_error(), "sequence 2"), "%s", sel_error());
+    CHECK(sel_mesh_chunks(&m, 9, SEL_CUT_ZIGZAG, &c) == SEL_EUSER && strstr(sel_error(), "6 or 12") &&
+              strstr(sel_error(), "contiguous"), "%s", sel_error());
+    CHECK(sel_mesh_chunks(&m, 2, SEL_CUT_AUTO, &c) == SEL_EUSER && strstr(sel_error(), "context 3 would"), "%s",
+          sel_error());
 }
 
 static void test_samples(void)
@@ -124,6 +181,7 @@ int main(void)
 {
     test_buckets();
     test_init();
+    test_chunks();
     test_samples();
     test_share();
     return check_verdict();

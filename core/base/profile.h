@@ -37,6 +37,7 @@
     X(LM_HEAD_INPUT, "lm_head", "backward_input")                \
     X(LM_HEAD_WEIGHT, "lm_head", "backward_weight")              \
     X(CROSS_ENTROPY, "cross_entropy", "forward")                 \
+    X(SHARE, "share_keys", "step")                               \
     X(CONVERT, "to_bfloat16", "step")                            \
     X(ZERO, "zero_gradients", "step")                            \
     X(REDUCE, "reduce", "step")                                  \

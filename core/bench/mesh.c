@@ -4,8 +4,9 @@
 #include "core/base/mem.h"
 #include "core/bench/bench.h"
 #include "dist/reduce.h"
+#include "dist/sequence.h"
 
-enum { MOST_ROUNDS = 1000, MOST_CASES = 16 };
+enum { MOST_ROUNDS = 1000, MOST_CASES = 18 };
 
 /* The ranks that a case is about, with all they need. */
 typedef struct {
@@ -15,6 +16,8 @@ typedef struct {
 
 typedef struct {
     group host, hosts, all;
+    sel_sequence *keys;                /* of one sequence, shared by all ranks */
+    int64_t keys_width;
     float *from, *to;                  /* [n] of this rank alone */
     int64_t n;
     int threads;
@@ -46,6 +49,41 @@ static void run_mpi_sum(bench *b, group *g) { sel_comm_sum_floats(g->comm, b->to
 static void run_mpi_one(bench *b, group *g) { sel_comm_sum_floats(g->comm, b->to, 1); }
 static void run_mpi_scatter(bench *b, group *g) { sel_comm_scatter_floats(g->comm, b->from, b->to, b->n); }
 static void run_mpi_gather(bench *b, group *g) { sel_comm_gather_floats(g->comm, b->from, b->to, b->n); }
+
+/* Each rank's keys to all; the gradients of all keys to their ranks. */
+static void run_keys(bench *b, group *g)
+{
+    const sel_chunks *const c = sel_sequence_chunks(b->keys);
+    float *const keys = sel_sequence_begin(b->keys);
+    (void)g;
+    for (int k = 0; k < c->chunks; k++) {
+        const int64_t n = c->each * b->keys_width, at = sel_chunk_place(c, c->rank, k) * n;
+        memcpy(keys + at, b->from + at, (size_t)n * sizeof *keys);
+    }
+    sel_sequence_share(b->keys, 1);
+    sel_sequence_end(b->keys);
+}
+
+static void run_key_gradients(bench *b, group *g)
+{
+    (void)g;
+    sel_sequence_sum_gradients(b->keys, 1);
+}
+
+/* As many keys as fit into the array; *bytes of them. */
+static sel_status open_keys(bench *b, int64_t *bytes)
+{
+    const int ranks = sel_comm_size(b->all.comm);
+    sel_sequence_options o = { .batch = 1, .threads = b->threads };
+    sel_mesh m;
+
+    o.width = b->keys_width = b->n >= 2048 * ranks ? 1024 : 1;
+    const int64_t tokens = b->n / o.width / (2 * ranks) * (2 * ranks);
+    SEL_TRY(sel_mesh_init(&m, sel_comm_rank(b->all.comm), ranks, 1, ranks));
+    SEL_TRY(sel_mesh_chunks(&m, tokens ? tokens : ranks, SEL_CUT_AUTO, &o.chunks));
+    *bytes = o.chunks.tokens * o.width * (int64_t)sizeof(float);
+    return sel_sequence_new(&b->keys, b->all.comm, &o);
+}
 
 static sel_status open_group(bench *b, group *g, bool wanted, bool shares)
 {
@@ -90,6 +128,7 @@ static void close_bench(bench *b)
     close_group(&b->host);
     close_group(&b->hosts);
     close_group(&b->all);
+    sel_sequence_free(&b->keys);
     sel_comm_close(&b->host.comm);
     sel_comm_close(&b->hosts.comm);
     sel_free(b->from);
@@ -128,6 +167,7 @@ sel_status sel_bench_mesh(sel_comm *c, int64_t bytes, int runs, int threads, sel
     static mesh_case cases[MOST_CASES];
     bench b = { .threads = threads, .n = bytes / (int64_t)sizeof(float) / ranks * ranks };
     const int64_t whole = b.n * (int64_t)sizeof(float);
+    mesh_case *keys = NULL;
     int n = 0;
 
     if (runs > MOST_ROUNDS) return sel_fail(SEL_EUSER, "at most %d rounds can be measured, not %d", MOST_ROUNDS, runs);
@@ -154,9 +194,16 @@ sel_status sel_bench_mesh(sel_comm *c, int64_t bytes, int runs, int threads, sel
         CASE("all_gather", run_gather, &b.all, whole);
         CASE("mpi_reduce_scatter", run_mpi_scatter, &b.all, whole);
         CASE("mpi_all_gather", run_mpi_gather, &b.all, whole);
+        keys = &cases[n];
+        CASE("keys", run_keys, NULL, whole);
+        CASE("key_gradients", run_key_gradients, NULL, whole);
     }
 #undef CASE
     sel_status rc = open_bench(&b, c, in_host, between);
+    if (rc == SEL_OK && keys) {
+        rc = open_keys(&b, &keys[0].bytes);
+        keys[1].bytes = keys[0].bytes;
+    }
     if (rc == SEL_OK) rc = measure(&b, c, cases, n, runs, out);
     close_bench(&b);
     return rc;

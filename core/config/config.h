@@ -13,6 +13,7 @@ typedef enum { SEL_KIND_SELECTIVE, SEL_KIND_STANDARD } sel_attention_kind;
 typedef enum { SEL_SOURCE_HEAD0, SEL_SOURCE_BILINEAR } sel_selection_source;
 typedef enum { SEL_BACKEND_ONEDNN, SEL_BACKEND_OPENBLAS, SEL_BACKEND_AUTO } sel_backend_name;
 typedef enum { SEL_PRECISION_FLOAT32, SEL_PRECISION_BFLOAT16, SEL_PRECISION_AUTO } sel_precision;
+typedef enum { SEL_CHUNKS_AUTO, SEL_CHUNKS_ZIGZAG, SEL_CHUNKS_CONTIGUOUS } sel_chunks_name;
 typedef enum { SEL_WIRE_FLOAT32, SEL_WIRE_BFLOAT16 } sel_wire_type;
 typedef enum { SEL_ON_NAN_STOP, SEL_ON_NAN_SKIP } sel_on_nan;
 typedef enum { SEL_DEAD_KEYS_OFF, SEL_DEAD_KEYS_ROUNDING, SEL_DEAD_KEYS_EXACT } sel_dead_keys;
@@ -53,6 +54,7 @@ typedef struct sel_config {
     } checkpoint;
     struct {
         struct { int64_t data, sequence; } mesh;   /* data 0: auto */
+        sel_chunks_name sequence_chunks;
         int64_t zero, virtual_ranks;               /* virtual_ranks 0: off */
         bool shared_memory, overlap;
         sel_wire_type wire;

@@ -108,8 +108,11 @@ const sel_key sel_keys[] = {
 
     {"dist.mesh.data", SEL_KEY_INT, AT(dist.mesh.data), .max = 0x1p20, .preset = "0", .zero_word = "auto",
      .help = "ranks of the data axis; 0 or auto: all"},
-    {"dist.mesh.sequence", SEL_KEY_INT, AT(dist.mesh.sequence), .min = 1, .max = 1, .preset = "1", .later = "*",
-     .help = "ranks that share a sequence"},
+    {"dist.mesh.sequence", SEL_KEY_INT, AT(dist.mesh.sequence), .min = 1, .max = 65536, .preset = "1",
+     .help = "ranks that share each sequence"},
+    {"dist.sequence_chunks", SEL_KEY_CHOICE, AT(dist.sequence_chunks), .preset = "auto",
+     .choices = "auto|zigzag|contiguous",
+     .help = "of a rank: an early and a late one, or one; auto: zigzag where it divides the context"},
     {"dist.zero", SEL_KEY_INT, AT(dist.zero), .max = 1, .preset = "0",
      .help = "1: each rank keeps and updates its share of the optimizer state (ZeRO stage 1)"},
     {"dist.virtual_ranks", SEL_KEY_INT, AT(dist.virtual_ranks), .max = 65536, .preset = "0",
@@ -144,7 +147,7 @@ _Static_assert(sizeof sel_keys / sizeof *sel_keys <= SEL_KEYS_MAX, "SEL_KEYS_MAX
 _Static_assert(sizeof(sel_attention_kind) == sizeof(int) && sizeof(sel_selection_source) == sizeof(int) &&
                    sizeof(sel_backend_name) == sizeof(int) && sizeof(sel_precision) == sizeof(int) &&
                    sizeof(sel_on_nan) == sizeof(int) && sizeof(sel_wire_type) == sizeof(int) &&
-                   sizeof(sel_dead_keys) == sizeof(int),
+                   sizeof(sel_chunks_name) == sizeof(int) && sizeof(sel_dead_keys) == sizeof(int),
                "fields of choices are read and written as int");
 
 int sel_key_find(const char *key)

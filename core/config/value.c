@@ -199,7 +199,6 @@ static sel_status set_integer(const sel_key *k, void *field, const char *value, 
     else if (!read_integer(value, &i))
         return fail_value(k, value, SEL_YAML_PLAIN, where);
     const int64_t min = (int64_t)k->min, max = (int64_t)k->max; /* exact: up to 2^53 */
-    if (k->later && i > max) return fail_later(k, value, where);
     if (i < min || i > max) return fail_value(k, value, SEL_YAML_PLAIN, where);
     if (field) memcpy(field, &i, sizeof i);
     return SEL_OK;

@@ -43,6 +43,7 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
                               sel_batch_stats *sum)
 {
     const int64_t N = job->N;
+    const bool shared = job->sequence > 1;
     int32_t *const tokens = malloc((size_t)(job->batch * (N + 1)) * sizeof *tokens);
     double *const logp = malloc((size_t)(job->batch * N) * sizeof *logp);
     sel_status rc = SEL_OK;
@@ -58,7 +59,10 @@ static sel_status score_range(const sel_score_job *job, const stream *s, int64_t
         if (rc == SEL_OK && count) rc = score_batch(job, w, count, N, tokens, logp, sum);
         w += count;
         if (rc == SEL_OK && n < N && n > 0) rc = read_window(s, w, tokens, &n);
-        if (rc == SEL_OK && n < N && n > 0) rc = score_batch(job, w, 1, n, tokens, logp, sum);
+        if (rc == SEL_OK && n < N && n > 0) {
+            for (int64_t i = n + 1; i <= N; i++) tokens[i] = -1;
+            rc = score_batch(job, w, 1, shared ? N : n, tokens, logp, sum);   /* chunks are those of a whole one */
+        }
         if (n < N) w++;
         if (job->progress) job->progress(job->ctx, w - begin, end - begin);
     }
@@ -73,8 +77,10 @@ static sel_status score(const sel_score_job *job, const stream *s, int64_t windo
     if (job->max_windows && windows > job->max_windows) windows = job->max_windows;
     if (!job->comm) return score_range(job, s, 0, windows, sum);
 
-    const int64_t rank = sel_comm_rank(job->comm), size = sel_comm_size(job->comm);
-    const sel_status rc = score_range(job, s, windows * rank / size, windows * (rank + 1) / size, sum);
+    const int sequence = job->sequence > 1 ? job->sequence : 1;
+    const int64_t share = sel_comm_rank(job->comm) / sequence, shares = sel_comm_size(job->comm) / sequence;
+    const sel_status rc = score_range(job, s, windows * share / shares, windows * (share + 1) / shares, sum);
+    if (rc != SEL_OK && sequence > 1) sel_comm_die(job->comm, "scoring");   /* others are in the middle of a layer */
     SEL_TRY(sel_comm_agree(job->comm, rc));
     double all[4] = { sum->loss, sum->memory, (double)sum->tokens, (double)sum->correct };
     sel_comm_sum_doubles(job->comm, all, 4);

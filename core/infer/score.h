@@ -15,6 +15,8 @@ typedef struct {
     int64_t batch, N;          /* windows at once; the context */
     int64_t max_windows;       /* 0: all, the last, incomplete one included */
     sel_comm *comm;            /* NULL: this rank alone does it all */
+    int sequence;              /* so many neighbours in comm share the model's sequences, and so have the same windows;
+                                  0 or 1: each rank has its own */
     sel_score_fn *each;        /* may be NULL; needs comm NULL */
     void (*progress)(void *ctx, int64_t done, int64_t total);   /* may be NULL; windows of this rank */
     void *ctx;

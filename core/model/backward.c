@@ -46,6 +46,24 @@ static const void *qkv_gradient(sel_model *m, const float *params, float *grads,
     return dq;
 }
 
+/* Attention's gradients into m->dqkv. */
+static void attention_backward(const sel_model *m, int64_t l, int64_t batch, int64_t n, double memory_scale)
+{
+    const sel_dims *d = &m->layout->dims;
+    const int64_t q = q_width(d), row = qkv_width(d);
+    const sel_attention a = sel_model_attention(m, l, batch, n);
+    const sel_attention_grad g = {
+        .dout = m->datt,
+        .dq = m->dqkv, .dq_seq = n * row, .dq_row = row,
+        .dk = m->dqkv + q, .dk_seq = n * row, .dk_row = row,
+        .dv = m->dqkv + q + kv_width(d), .dv_seq = n * row, .dv_row = row,
+        .dsel_q = m->dqkv + sel_column(d), .dsel_q_seq = n * row, .dsel_q_row = row,
+        .dsel_k = m->dqkv + sel_column(d) + sel_width(d), .dsel_k_seq = n * row, .dsel_k_row = row,
+        .memory_coef = memory_coefficient(m, n, memory_scale),
+    };
+    m->opt.ops->attention_backward(&a, &g);
+}
+
 /* m->dx holds the gradient of the layer's output and leaves as that of its input (m->dx16: rounded). */
 static sel_status backward_layer(sel_model *m, const float *params, float *grads, bool add, int64_t l, int64_t batch,
                                  int64_t n, double memory_scale)
@@ -55,7 +73,7 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const sel_layer_offsets *o = &m->layout->layers[l];
     const sel_layer_linears *w = &m->linears[l];
     const sel_kept *k = &m->kept[l];
-    const int64_t T = batch * n, D = d->D, q = q_width(d), kv = kv_width(d), qk_row = q + kv, qkv_row = qkv_width(d);
+    const int64_t T = own_rows(m, batch, n), D = d->D, q = q_width(d), kv = kv_width(d), qkv_row = qkv_width(d);
     const void *const dx = m->opt.bfloat16 ? (const void *)m->dx16 : m->dx;
 
     /* feed-forward half: silu(gate) * up and the norm's output come again with their gradients */
@@ -80,19 +98,10 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const void *const att = attention_operand(m, l, T);
     SEL_TRY(sel_model_product_weight(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, att, q, grads + o->o_proj, add));
     sel_model_norm_qk(m, params, l, T, true);
-    const sel_attention a = sel_model_attention(m, l, batch, n);
-    const sel_attention_grad g = {
-        .dout = m->datt,
-        .dq = m->dqkv, .dq_seq = n * qkv_row, .dq_row = qkv_row,
-        .dk = m->dqkv + q, .dk_seq = n * qkv_row, .dk_row = qkv_row,
-        .dv = m->dqkv + qk_row, .dv_seq = n * qkv_row, .dv_row = qkv_row,
-        .dsel_q = m->dqkv + sel_column(d), .dsel_q_seq = n * qkv_row, .dsel_q_row = qkv_row,
-        .dsel_k = m->dqkv + sel_column(d) + sel_width(d), .dsel_k_seq = n * qkv_row, .dsel_k_row = qkv_row,
-        .memory_coef = (float)(memory_scale / ((double)(d->L * n) * m->opt.attention.tau)),
-    };
     tick(m);
-    ops->attention_backward(&a, &g);
-    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION_BACKWARD, 2.5 * attention_flops(d, batch, n),
+    if (m->opt.sequence) sel_shared_attention_backward(m, l, batch, memory_scale);
+    else attention_backward(m, l, batch, n, memory_scale);
+    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION_BACKWARD, 2.5 * attention_flops(d, batch, n) / m->chunks.ranks,
                     (double)T * 4.0 * (double)(4 * q + 4 * kv));
     tick(m);
     const void *const dqkv = qkv_gradient(m, params, grads, l, T);
@@ -116,6 +125,20 @@ static void clear_sums(const sel_model *m, float *grads)
     sel_profile_lap(m->opt.profile, SEL_PART_ZERO, 0.0, bytes);
 }
 
+static void embed_backward(const sel_model *m, float *grads, int64_t batch, int64_t n)
+{
+    const sel_layout *o = m->layout;
+    const sel_chunks *const c = &m->chunks;
+    const int64_t D = o->dims.D, rows = own_rows(m, batch, n), each = rows / c->chunks;
+
+    for (int k = 0; k < c->chunks; k++) {
+        const int64_t first = sel_chunk_place(c, c->rank, k) * (m->opt.sequence ? c->each : 0);
+        m->opt.ops->embed_backward(grads + o->tok_embed, grads + o->pos_embed + first * D, m->dx + k * each * D,
+                                   m->inputs + k * each, each, each / batch, D, m->opt.threads);
+    }
+    sel_profile_lap(m->opt.profile, SEL_PART_EMBED_BACKWARD, 0.0, (double)(rows * D) * 20.0);
+}
+
 sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool add, const int32_t *tokens,
                            int64_t batch, int64_t n, double loss_scale, double memory_scale,
                            void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats)
@@ -130,7 +153,7 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool
     if (!add) clear_sums(m, grads);
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
     sel_pulse_phase("backward", -1);
-    SEL_TRY(sel_model_head(m, params, grads, add, batch * n, loss_scale, NULL, NULL, stats));
+    SEL_TRY(sel_model_head(m, params, grads, add, own_rows(m, batch, n), loss_scale, NULL, NULL, stats));
     if (ready) ready(ctx, o->final_norm, o->total);
     for (int64_t l = d->L - 1; l >= 0; l--) {
         SEL_TRY(backward_layer(m, params, grads, add, l, batch, n, memory_scale));
@@ -140,9 +163,7 @@ sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool
             sel_profile_lap(m->opt.profile, SEL_PART_REDUCE, 0.0, 0.0);
         }
     }
-    m->opt.ops->embed_backward(grads + o->tok_embed, grads + o->pos_embed, m->dx, m->inputs, batch * n, n, d->D,
-                               m->opt.threads);
-    sel_profile_lap(m->opt.profile, SEL_PART_EMBED_BACKWARD, 0.0, (double)(batch * n * d->D) * 20.0);
+    embed_backward(m, grads, batch, n);
     if (ready) ready(ctx, 0, o->layers[0].begin);
     return SEL_OK;
 }

@@ -5,6 +5,12 @@
 #include <math.h>
 #include <string.h>
 
+/* What a key's F must exceed the gap of its sequence by (spec, section 3.1). */
+static double dead_margin(const sel_model *m, int64_t n)
+{
+    return m->opt.attention.dead_keys == SEL_DEAD_KEYS_EXACT ? 104.0 : 17.0 + log((double)n);
+}
+
 sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n)
 {
     const sel_dims *d = &m->layout->dims;
@@ -27,7 +33,7 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
         .bfloat16 = m->opt.bfloat16,
         .tau = o->epsilon > 0.0 ? o->tau : 0.0, .m_max = m->m_max, .m_row = k->m_row,
         .dead_after = sel_model_leaves_out(m) ? k->dead_after : NULL, .live = m->live,
-        .dead_margin = o->dead_keys == SEL_DEAD_KEYS_EXACT ? 104.0 : 17.0 + log((double)n),
+        .dead_margin = dead_margin(m, n),
         .workspace = m->attention, .threads = m->opt.threads,
     };
 }
@@ -85,6 +91,12 @@ static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
     m->opt.ops->attention_forward(&a);
 }
 
+float sel_model_dead_after(const sel_model *m, float gap, int64_t n)
+{
+    const float after = gap + (float)dead_margin(m, n), tau = (float)m->opt.attention.tau;
+    return after < tau ? tau : after;   /* NaN stays: nothing dies */
+}
+
 static double live_share(const sel_attention *a)
 {
     double live = 0.0;
@@ -105,7 +117,7 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
     const sel_layer_offsets *o = &m->layout->layers[l];
     const sel_layer_linears *w = &m->linears[l];
     sel_kept *k = &m->kept[l];
-    const int64_t T = batch * n, D = d->D;
+    const int64_t T = own_rows(m, batch, n), D = d->D;
     const int threads = pass_threads(m, T);
     const void *h = norm_operand(m);
 
@@ -120,13 +132,15 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
     sel_model_norm_qk(m, params, l, T, false);
     if (m->opt.use == SEL_USE_DECODE) {
         attend_cached(m, l, batch, n);
+    } else if (m->opt.sequence) {
+        sel_shared_attention(m, l, batch);
     } else {
         const sel_attention a = sel_model_attention(m, l, batch, n);
         ops->attention_forward(&a);
         m->live_share[l] = live_share(&a);
         for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];
     }
-    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION, attention_flops(d, batch, n),
+    sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION, attention_flops(d, batch, n) / m->chunks.ranks,
                     (double)T * 4.0 * (double)(2 * q_width(d) + 2 * kv_width(d)));
     const void *att = attention_operand(m, l, T);
     SEL_TRY(sel_model_product(m, w->o_proj, SEL_PART_O_PROJ, T, att, q_width(d), m->h, D));
@@ -142,15 +156,22 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory)
 {
     const sel_dims *d = &m->layout->dims;
+    const sel_chunks *const c = &m->chunks;
+    const int64_t rows = own_rows(m, batch, n), each = rows / c->chunks;
     double needed = 0.0;
 
-    m->opt.ops->embed_forward(m->kept[0].x_in, m->inputs, params + m->layout->tok_embed, params + m->layout->pos_embed,
-                              batch * n, n, m->cached, d->D, pass_threads(m, batch * n));
-    sel_profile_lap(m->opt.profile, SEL_PART_EMBED, 0.0, (double)(batch * n * d->D) * 12.0);
+    for (int k = 0; k < c->chunks; k++) {
+        const int64_t first = m->opt.sequence ? sel_chunk_place(c, c->rank, k) * c->each : m->cached;
+        m->opt.ops->embed_forward(m->kept[0].x_in + k * each * d->D, m->inputs + k * each,
+                                  params + m->layout->tok_embed, params + m->layout->pos_embed, each, each / batch,
+                                  first, d->D, pass_threads(m, rows));
+    }
+    sel_profile_lap(m->opt.profile, SEL_PART_EMBED, 0.0, (double)(rows * d->D) * 12.0);
     for (int64_t l = 0; l < d->L; l++) {
         SEL_TRY(forward_layer(m, params, l, batch, n, &needed));
         sel_pulse_tick();
     }
+    if (m->opt.sequence) sel_shared_findings(m, batch, &needed);
     *memory = needed / (double)(d->L * n);
     return SEL_OK;
 }
@@ -162,7 +183,7 @@ sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tok
     memset(stats, 0, sizeof *stats);
     SEL_TRY(sel_model_take_tokens(m, tokens, batch, n));
     SEL_TRY(sel_model_forward(m, params, batch, n, &stats->memory));
-    return sel_model_head(m, params, NULL, false, batch * n, 0.0, logp, best, stats);
+    return sel_model_head(m, params, NULL, false, own_rows(m, batch, n), 0.0, logp, best, stats);
 }
 
 sel_status sel_model_extend(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,

@@ -27,6 +27,8 @@ sel_attention_options sel_attention_options_of(const sel_config *c)
                                                                              : SEL_DEAD_KEYS_OFF };
 }
 
+int64_t sel_model_keys_width(const sel_dims *d) { return 2 * kv_width(d) + sel_width(d); }
+
 double sel_model_flops(const sel_dims *d, int64_t tokens, int64_t n)
 {
     const double matrices = (double)d->L * ((double)d->D * (double)(qkv_width(d) + q_width(d)) +
@@ -49,10 +51,22 @@ static void *take(arena *a, int64_t n, size_t each)
 
 static float *floats(arena *a, int64_t n) { return take(a, n, sizeof(float)); }
 
+/* Carries that forward saves for backward, all sequences. */
+static int64_t saved_floats(const sel_model *m)
+{
+    int64_t floats = 0;
+    if (!m->opt.sequence) return m->opt.batch * sel_attention_saved_size(m->opt.tokens);
+    for (int c = 0; c < m->chunks.chunks; c++) {
+        const sel_attention a = sel_shared_call(m, 0, m->opt.batch, c, NULL);
+        floats += a.B * sel_attention_carries(a.i1 - a.i0) * a.i1;
+    }
+    return floats;
+}
+
 static void plan_kept(sel_model *m, arena *a, sel_kept *k)
 {
     const sel_dims *d = &m->layout->dims;
-    const int64_t b = m->opt.batch, n = m->opt.tokens, T = b * n;
+    const int64_t b = m->opt.batch, n = m->opt.tokens, T = own_rows(m, b, n);
     const bool train = m->opt.use == SEL_USE_TRAIN;
 
     k->x_in = train ? floats(a, T * d->D) : m->x;
@@ -62,7 +76,7 @@ static void plan_kept(sel_model *m, arena *a, sel_kept *k)
     k->rstd_k = floats(a, T * d->Hkv);
     k->att = floats(a, T * q_width(d));
     k->lse = floats(a, T * d->H);
-    k->saved = train && m->opt.attention.selective ? floats(a, b * sel_attention_saved_size(n)) : NULL;
+    k->saved = train && m->opt.attention.selective ? floats(a, saved_floats(m)) : NULL;
     k->m_row = take(a, b, sizeof *k->m_row);
     k->dead_after = floats(a, b);
     k->x_mid = train ? floats(a, T * d->D) : m->x;
@@ -70,23 +84,32 @@ static void plan_kept(sel_model *m, arena *a, sel_kept *k)
     k->gu = floats(a, T * 2 * d->F);
 }
 
+/* Scratch of an attention call, forward and, in training, backward. */
+static size_t call_bytes(const sel_model *m, sel_attention a)
+{
+    float known_later = 0.0f;
+    if (m->opt.use != SEL_USE_TRAIN) a.saved = NULL;
+    if (sel_model_leaves_out(m)) a.dead_after = &known_later;
+    const size_t forward = sel_attention_workspace(&a, false);
+    const size_t backward = m->opt.use == SEL_USE_TRAIN ? sel_attention_workspace(&a, true) : 0;
+    return forward > backward ? forward : backward;
+}
+
 static size_t attention_bytes(const sel_model *m)
 {
     /* A call with fewer sequences than threads needs other scratch than a full one. */
     size_t bytes = 0;
     for (int64_t b = 1; b <= m->opt.batch; b++) {
-        sel_attention a = sel_model_attention(m, 0, b, m->opt.tokens);
-        if (m->opt.use == SEL_USE_DECODE) {
-            a.i0 = m->layout->dims.N - m->opt.tokens;
-            a.i1 = m->layout->dims.N;
+        for (int c = 0; c < m->chunks.chunks; c++) {
+            sel_attention a = m->opt.sequence ? sel_shared_call(m, 0, b, c, NULL)
+                                              : sel_model_attention(m, 0, b, m->opt.tokens);
+            if (m->opt.use == SEL_USE_DECODE) {
+                a.i0 = m->layout->dims.N - m->opt.tokens;
+                a.i1 = m->layout->dims.N;
+            }
+            const size_t here = call_bytes(m, a);
+            if (here > bytes) bytes = here;
         }
-        float known_later = 0.0f;
-        if (m->opt.use != SEL_USE_TRAIN) a.saved = NULL;
-        if (sel_model_leaves_out(m)) a.dead_after = &known_later;
-        const size_t forward = sel_attention_workspace(&a, false);
-        const size_t backward = m->opt.use == SEL_USE_TRAIN ? sel_attention_workspace(&a, true) : 0;
-        if (forward > bytes) bytes = forward;
-        if (backward > bytes) bytes = backward;
     }
     return bytes;
 }
@@ -94,7 +117,7 @@ static size_t attention_bytes(const sel_model *m)
 static void plan_attention_half(sel_model *m, arena *a)
 {
     const sel_dims *d = &m->layout->dims;
-    const int64_t T = m->opt.batch * m->opt.tokens;
+    const int64_t T = own_rows(m, m->opt.batch, m->opt.tokens);
     m->qk = floats(a, T * (q_width(d) + kv_width(d)));
     if (m->opt.bfloat16) m->att16 = take(a, T * q_width(d), sizeof *m->att16);
     if (m->opt.use != SEL_USE_TRAIN) return;
@@ -105,7 +128,7 @@ static void plan_attention_half(sel_model *m, arena *a)
 
 static void plan_feed_forward_half(sel_model *m, arena *a)
 {
-    const int64_t n = m->opt.batch * m->opt.tokens * m->layout->dims.F;
+    const int64_t n = own_rows(m, m->opt.batch, m->opt.tokens) * m->layout->dims.F;
     const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
     m->act = take(a, n, operand_bytes);
     if (m->opt.use != SEL_USE_TRAIN) return;
@@ -116,7 +139,7 @@ static void plan_feed_forward_half(sel_model *m, arena *a)
 static void plan_memory(sel_model *m, arena *a)
 {
     const sel_dims *d = &m->layout->dims;
-    const int64_t b = m->opt.batch, T = b * m->opt.tokens;
+    const int64_t b = m->opt.batch, T = own_rows(m, b, m->opt.tokens);
     const bool train = m->opt.use == SEL_USE_TRAIN;
 
     m->x = floats(a, T * d->D);
@@ -138,6 +161,11 @@ static void plan_memory(sel_model *m, arena *a)
     m->m_max = take(a, b, sizeof *m->m_max);
     m->live = take(a, b, sizeof *m->live);
     m->live_share = take(a, d->L, sizeof *m->live_share);
+    if (m->opt.sequence) {
+        m->sums = floats(a, b * sel_sequence_row(m->opt.sequence));
+        m->found = take(a, d->L * b, sizeof *m->found);
+        m->all_found = take(a, m->chunks.ranks * d->L * b, sizeof *m->all_found);
+    }
     m->attention = take(a, (int64_t)attention_bytes(m), 1);
     if (m->opt.bfloat16) m->h16 = take(a, T * d->D, sizeof *m->h16);
     if (train) {
@@ -184,7 +212,7 @@ static sel_status make_linears(sel_model *m)
     SEL_TRY(sel_linear_new(&m->lm_head, e, d->V, d->D, backward));
 
     /* The full micro-batch's primitives are made now; other sizes (a last, shorter call) at their first use. */
-    const int64_t T = m->opt.batch * m->opt.tokens;
+    const int64_t T = own_rows(m, m->opt.batch, m->opt.tokens);
     SEL_TRY(sel_linear_prepare(m->linears[0].qkv, T, d->D, qkv_width(d)));
     SEL_TRY(sel_linear_prepare(m->linears[0].o_proj, T, q_width(d), d->D));
     SEL_TRY(sel_linear_prepare(m->linears[0].gate_up, T, d->D, 2 * d->F));
@@ -201,9 +229,12 @@ sel_status sel_model_new(sel_model **out, const sel_layout *layout, const sel_mo
     *out = NULL;
     SEL_ASSERT(o->tokens <= layout->dims.N && o->batch > 0 && o->threads > 0 &&
                (o->attention.selective || !layout->dims.bilinear));
+    SEL_ASSERT(!o->sequence || (o->use != SEL_USE_DECODE && sel_sequence_chunks(o->sequence)->tokens == o->tokens));
     if (m) {
         m->layout = layout;
         m->opt = *o;
+        m->chunks = o->sequence ? *sel_sequence_chunks(o->sequence)
+                                : (sel_chunks){ .tokens = o->tokens, .each = o->tokens, .ranks = 1, .chunks = 1 };
         m->linears = calloc(L, sizeof *m->linears);
         m->kept = calloc(L, sizeof *m->kept);
         m->k_cache = calloc(L, sizeof *m->k_cache);
@@ -291,16 +322,22 @@ sel_status sel_model_pack(sel_model *m, const float *params)
 sel_status sel_model_take_tokens(sel_model *m, const int32_t *tokens, int64_t batch, int64_t n)
 {
     const int64_t V = m->layout->dims.V;
-    SEL_ASSERT(batch <= m->opt.batch && n <= m->opt.tokens);
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t i = 0; i < n; i++) {
-            const int32_t in = tokens[b * (n + 1) + i], target = tokens[b * (n + 1) + i + 1];
-            if (in < 0 || in >= V || target >= V)
-                return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld",
-                                in < 0 || in >= V ? in : target, (long long)V);
-            m->inputs[b * n + i] = in;
-            m->targets[b * n + i] = target;
-        }
+    const sel_chunks *const c = &m->chunks;
+    int64_t row = 0;
+    SEL_ASSERT(batch <= m->opt.batch && n <= m->opt.tokens && (!m->opt.sequence || n == c->tokens));
+    for (int k = 0; k < c->chunks; k++) {
+        const int64_t each = m->opt.sequence ? c->each : n, first = sel_chunk_place(c, c->rank, k) * each;
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t i = first; i < first + each; i++, row++) {
+                const int32_t in = tokens[b * (n + 1) + i], target = tokens[b * (n + 1) + i + 1];
+                const bool padding = in < 0 && i > 0 && target < 0;
+                if ((in < 0 && !padding) || in >= V || target >= V)
+                    return sel_fail(SEL_EFILE, "token id %d lies outside the vocabulary of %lld",
+                                    in < 0 || in >= V ? in : target, (long long)V);
+                m->inputs[row] = padding ? 0 : in;
+                m->targets[row] = target;
+            }
+    }
     return SEL_OK;
 }
 

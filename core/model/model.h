@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include "core/base/profile.h"
 #include "core/model/layout.h"
+#include "dist/sequence.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
 
@@ -40,6 +41,8 @@ typedef struct {
     int threads;
     const sel_ops *ops;           /* must outlive the model */
     sel_linear_engine *engine;    /* must outlive the model */
+    sel_sequence *sequence;       /* the ranks that share each sequence, for these sizes; must outlive the model; NULL:
+                                     this one has all tokens.  Not for decoding */
     void (*tick)(void *ctx);      /* training: called between the operations of backward; NULL: nobody is interested */
     void *tick_ctx;
     sel_profile *profile;         /* laps of every call are added to it; must outlive the model; NULL: not wanted */
@@ -47,6 +50,9 @@ typedef struct {
 
 /* The attention options that a configuration asks for. */
 sel_attention_options sel_attention_options_of(const sel_config *c);
+
+/* Floats of a token's row of keys that ranks share: its keys, values and, bilinear, sel_k. */
+int64_t sel_model_keys_width(const sel_dims *d);
 
 /* The layout must outlive the model; projections for the selection (dims.bilinear) need attention.selective.
    SEL_ENOMEM when its memory is not to be had. */
@@ -63,10 +69,11 @@ void sel_model_set_selective(sel_model *m, bool selective, sel_profile *profile)
    too (norms, embeddings): the same array must be passed, unchanged since. */
 sel_status sel_model_pack(sel_model *m, const float *params);
 
-/* Sums over the sequences of one call. */
+/* Sums over the sequences of one call; where ranks share them, over the tokens of this rank. */
 typedef struct {
     double loss;          /* -log p, summed over target tokens, nats */
-    double memory;        /* sum over sequences of sum_l max_i M[l,i] / (L n) (equation 2, without epsilon) */
+    double memory;        /* sum over sequences of sum_l max_i M[l,i] / (L n) (equation 2, without epsilon); each
+                             maximum is counted by one rank */
     int64_t tokens;       /* targets counted */
     int64_t correct;      /* targets that had the largest logit */
 } sel_batch_stats;
@@ -75,13 +82,15 @@ typedef struct {
    then targets.  grads [layout total] = (add: +=) loss_scale * d(sum of -log p) + memory_scale * d(stats->memory).
    Unless add, what grads held does not matter, but for the gaps between tensors, which are left alone.
    ready(ctx, begin, end), where not NULL, is told each stretch of grads that no later
-   layer of this call will touch, from the last layer to the first. */
+   layer of this call will touch, from the last layer to the first.
+   [collective, ranks of options.sequence] They call it with the same tokens; n is options.tokens then. */
 sel_status sel_model_train(sel_model *m, const float *params, float *grads, bool add, const int32_t *tokens,
                            int64_t batch, int64_t n, double loss_scale, double memory_scale,
                            void (*ready)(void *ctx, int64_t begin, int64_t end), void *ctx, sel_batch_stats *stats);
 
 /* Forward only.  logp, best [batch][n] where not NULL: log p of each target, and whether it
-   had the largest logit.  Targets < 0 are padding: not counted, logp 0. */
+   had the largest logit (ranks that share sequences: of the rank's own, chunk by chunk).  Targets < 0 are padding: not
+   counted, logp 0; so may be whole ends of sequences.  [collective] as sel_model_train. */
 sel_status sel_model_score(sel_model *m, const float *params, const int32_t *tokens, int64_t batch, int64_t n,
                            double *logp, uint8_t *best, sel_batch_stats *stats);
 

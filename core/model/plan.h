@@ -1,6 +1,7 @@
 /* plan.h: a model's memory: what is kept for backward, what is scratch.  Only core/model includes it.
  *
- * T = batch * tokens rows.  Kept a layer: what backward cannot cheaply rebuild.  Rebuilt:
+ * T = batch * tokens rows; where ranks share sequences those of this rank: [chunk][batch][each].
+ * Kept a layer: what backward cannot cheaply rebuild.  Rebuilt:
  * the norms' outputs, the normed q and k, silu(gate) * up.
  */
 #ifndef SEL_CORE_MODEL_PLAN_H
@@ -16,14 +17,20 @@ typedef struct {
     float *rstd_q;    /* [T][H]   of the q norm */
     float *rstd_k;    /* [T][Hkv] */
     float *att;       /* [T][H dh]   attention's output */
-    float *lse;       /* [batch][H][tokens] */
-    float *saved;     /* [batch][carries][tokens] */
+    float *lse;       /* [batch][H][tokens]; shared sequences: [chunks][batch][H][each] */
+    float *saved;     /* [batch][carries][tokens]; shared: one after another those of each chunk */
     int64_t *m_row;   /* [batch]  row of the memory loss */
     float *dead_after; /* [batch]  F beyond which a key is left out */
     float *x_mid;     /* [T][D]   residual stream between the two halves */
     float *rstd2;     /* [T]      of the feed-forward norm */
     float *gu;        /* [T][2 F] gate, up */
 } sel_kept;
+
+/* What attention found in a sequence and layer: the largest M and its row, pairs of a row and a live key. */
+typedef struct {
+    double m_max, live;
+    int64_t m_row;
+} sel_finding;
 
 /* A layer's linear layers, packed. */
 typedef struct {
@@ -68,6 +75,11 @@ struct sel_model {
     float *da;                    /* [T][F] */
     float *partial;               /* [threads][max(D, dh)] */
 
+    /* sequences shared with other ranks (shared.c) */
+    sel_chunks chunks;            /* ranks 1, chunks 1 where they are not */
+    float *sums;                  /* [batch][sel_sequence_row]  those of the chunks before, or after */
+    sel_finding *found, *all_found;   /* [L][batch] of this rank; [ranks] of them */
+
     /* decoding */
     float **k_cache, **v_cache;   /* [L] of [batch][N][Hkv dh] */
     float **sel_k_cache;          /* [L] of [batch][N][dh], where the selection has projections of its own */
@@ -81,6 +93,9 @@ static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
 static inline int64_t sel_width(const sel_dims *d) { return d->bilinear ? d->dh : 0; }
 static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d) + 2 * sel_width(d); }
 static inline int64_t sel_column(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }   /* sel_q's in qkv */
+
+/* Tokens of this rank in `batch` sequences of n. */
+static inline int64_t own_rows(const sel_model *m, int64_t batch, int64_t n) { return batch * n / m->chunks.ranks; }
 
 /* Rows of logits that exist at once in a call over `rows` rows.  (model.c) */
 int64_t sel_model_logit_rows(const sel_dims *d, int64_t rows);
@@ -104,6 +119,24 @@ static inline bool sel_model_leaves_out(const sel_model *m)
 {
     return m->opt.attention.selective && m->opt.attention.dead_keys != SEL_DEAD_KEYS_OFF &&
            m->opt.use != SEL_USE_DECODE;
+}
+
+/* Attention of layer l over sequences that ranks share: forward; what all layers found, added up (to *memory, sum of
+   max M); backward, gradients into m->dqkv.  (shared.c) [collective] */
+void sel_shared_attention(sel_model *m, int64_t l, int64_t batch);
+void sel_shared_findings(sel_model *m, int64_t batch, double *memory);
+void sel_shared_attention_backward(sel_model *m, int64_t l, int64_t batch, double memory_scale);
+
+/* The attention call of one of this rank's chunks, keys where the ranks share them (NULL: sizes only).  (shared.c) */
+sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int k, const float *keys);
+
+/* The F beyond which a key is left out, from the gap that attention_gap found over a sequence of n.  (forward.c) */
+float sel_model_dead_after(const sel_model *m, float gap, int64_t n);
+
+/* The weight of the memory loss in each F of its row (sel_attention_grad). */
+static inline float memory_coefficient(const sel_model *m, int64_t n, double memory_scale)
+{
+    return (float)(memory_scale / ((double)(m->layout->dims.L * n) * m->opt.attention.tau));
 }
 
 /* Residual stream through all layers: m->inputs [batch][n] to the last layer's x_mid and m->h, the last branch,

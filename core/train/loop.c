@@ -78,7 +78,8 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
     const sel_profile steps = t->profile;   /* the model's laps in here are no part of a step */
     const int64_t N = t->config->model.context, most = t->config->train.validate_tokens;
     const sel_score_job job = { .model = t->model, .params = t->params, .batch = t->micro, .N = N,
-                                .max_windows = (most + N - 1) / N, .comm = t->comm };
+                                .max_windows = (most + N - 1) / N, .comm = t->comm,
+                                .sequence = t->mesh.sequence };
     sel_batch_stats sum;
 
     sel_fault("validate", t->step, "");
@@ -88,15 +89,6 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
     row->val_tokens = sum.tokens;
     p->paused += sel_now() - begun;
     return SEL_OK;
-}
-
-static void add_wire(sel_wire *sum, const sel_wire *w)
-{
-    sum->wire_bytes += w->wire_bytes;
-    sum->wire_least += w->wire_least;
-    sum->host_bytes += w->host_bytes;
-    sum->wait_seconds += w->wait_seconds;
-    sum->busy_seconds += w->busy_seconds;
 }
 
 /* What the steps since the last row have moved, a step. */
@@ -169,7 +161,7 @@ static sel_status after_step(sel_trainer *t, pace *p, const sel_step_stats *s, b
     const bool train_row = s && (due(c->train.log_every, t->step) || t->step == c->train.steps || t->step == 1);
     sel_metrics row = { 0 };
 
-    if (s) add_wire(&p->wire, &s->wire);
+    if (s) sel_wire_add(&p->wire, &s->wire);
     if (t->validation && !(s && s->signal) && (due(c->train.validate_every, t->step) || t->step == c->train.steps))
         SEL_TRY(validate(t, p, &row));
     if (is_first(t) && (train_row || row.val_tokens)) {
@@ -275,10 +267,12 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     sel_model_memory(t->model, &packed, &kept, &scratch);
     const sel_train_start s = {
         .parameters = t->layout->parameters,
-        .memory_bytes = sel_arrays_bytes(t) + (int64_t)(packed + kept + scratch),
+        .memory_bytes = sel_arrays_bytes(t) + (int64_t)(packed + kept + scratch) +
+                        (t->sequence ? (int64_t)sel_sequence_bytes(t->sequence) : 0),
         .train_tokens = sel_corpus_tokens(t->train),
         .validation_tokens = t->validation ? sel_corpus_tokens(t->validation) : 0, .windows = t->windows,
         .micro_batch = t->micro, .local_batch = t->count, .resumed_from = resumed_from, .ranks = p.ranks,
+        .sequence = t->mesh.sequence, .zigzag = t->chunks.chunks > 1,
         .hosts = p.hosts, .threads = p.threads, .peak_gflops = t->peak_gflops, .level = p.cpu_level, .cpu = p.cpu,
         .linear = p.linear, .precision = p.precision, .mpi = p.mpi,
         .binding = t->binding.line,
@@ -287,6 +281,8 @@ static sel_status announce(sel_trainer *t, int64_t resumed_from, const char *hos
     SEL_TRY(sel_run_cut_metrics(t->run, t->step));
     j->watcher->start(j->watcher->ctx, &s);
     if (t->binding.warning[0]) j->watcher->message(j->watcher->ctx, t->binding.warning);
+    if (t->sequence && sel_sequence_note(t->sequence)[0])
+        j->watcher->message(j->watcher->ctx, sel_sequence_note(t->sequence));
     if (sel_reducer_note(t->reducer)[0]) j->watcher->message(j->watcher->ctx, sel_reducer_note(t->reducer));
     return SEL_OK;
 }

@@ -13,19 +13,22 @@ enum { MICRO_TOKENS = 4096 };
 
 static sel_status choose_micro(sel_trainer *t)
 {
-    const int64_t wanted = t->config->train.micro_batch, N = t->config->model.context, count = t->count / t->leaves;
+    const int64_t wanted = t->config->train.micro_batch, count = t->count / t->leaves;
+    const int64_t own = t->config->model.context / t->mesh.sequence;   /* tokens of a sequence on this rank */
 
     if (wanted) {
         if (count % wanted)
             return sel_fail(SEL_EUSER, "train.micro_batch: %" PRId64 " does not divide the %" PRId64
                             " sequences of each %s (train.batch %" PRId64 " over %d)", wanted, count,
-                            t->config->dist.virtual_ranks ? "virtual rank" : "rank", t->config->train.batch,
+                            t->config->dist.virtual_ranks ? "virtual rank" : t->mesh.sequence > 1 ? "sequence group"
+                                                                                                  : "rank",
+                            t->config->train.batch,
                             t->mesh.data * t->leaves);
         t->micro = wanted;
         return SEL_OK;
     }
     t->micro = 1;
-    for (int64_t m = 1; m <= count && m * N <= MICRO_TOKENS; m++)
+    for (int64_t m = 1; m <= count && m * own <= MICRO_TOKENS; m++)
         if (count % m == 0) t->micro = m;
     return SEL_OK;
 }
@@ -53,6 +56,7 @@ static sel_status open_inputs(sel_trainer *t)
     if (!c->data.train[0]) return sel_fail(SEL_EUSER, "data.train: missing: a packed corpus (selectra data pack)");
     SEL_TRY(sel_mesh_init(&t->mesh, sel_comm_rank(t->comm), sel_comm_size(t->comm), c->dist.mesh.data,
                           c->dist.mesh.sequence));
+    SEL_TRY(sel_mesh_chunks(&t->mesh, N, (sel_cut)c->dist.sequence_chunks, &t->chunks));
     SEL_TRY(sel_mesh_samples(&t->mesh, c->train.batch, &t->first, &t->count));
     SEL_TRY(sel_leaves_choose(t));
     SEL_TRY(choose_micro(t));
@@ -145,6 +149,15 @@ static sel_status make_layout(sel_trainer *t)
     return sel_layout_new(&t->layout, &dims);
 }
 
+/* [collective] What the ranks of a sequence group share. */
+static sel_status open_sequence(sel_trainer *t)
+{
+    const sel_sequence_options o = { .chunks = t->chunks, .group = t->mesh.data_rank, .batch = t->micro,
+                                     .width = sel_model_keys_width(&t->layout->dims),
+                                     .no_window = !t->config->dist.shared_memory, .threads = t->threads };
+    return t->mesh.sequence > 1 ? sel_sequence_new(&t->sequence, t->comm, &o) : SEL_OK;
+}
+
 static void move_along(void *reducer) { sel_reducer_poll(reducer); }
 
 static sel_status make_model(sel_trainer *t)
@@ -160,8 +173,8 @@ static sel_status make_model(sel_trainer *t)
     const sel_model_options o = { .use = SEL_USE_TRAIN, .batch = t->micro, .tokens = dims.N,
                                   .attention = sel_attention_options_of(c),
                                   .bfloat16 = c->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads,
-                                  .ops = &t->ops, .engine = t->engine, .profile = &t->profile, .tick = move_along,
-                                  .tick_ctx = t->reducer };
+                                  .ops = &t->ops, .engine = t->engine, .sequence = t->sequence,
+                                  .profile = &t->profile, .tick = move_along, .tick_ctx = t->reducer };
     return sel_model_new(&t->model, t->layout, &o);
 }
 
@@ -203,7 +216,7 @@ static sel_status probe_choice(const sel_trainer *t, sel_linear_engine *e, char 
         return SEL_OK;
     }
     const sel_dims dims = sel_dims_of(t->config, sel_corpus_vocab(t->train));
-    return sel_choice_probe(e, &dims, t->micro * dims.N, choice);
+    return sel_choice_probe(e, &dims, t->micro * dims.N / t->mesh.sequence, choice);
 }
 
 /* [collective] Opens the engine; with auto rank 0's choice, or the configuration's own, is every rank's. */
@@ -375,6 +388,7 @@ static sel_status open_all(sel_trainer *t, int64_t *resumed_from)
     SEL_TRY(sel_comm_agree(t->comm, make_layout(t)));
     SEL_TRY(sel_arrays_new(t));
     SEL_TRY(open_engine(t));
+    SEL_TRY(open_sequence(t));
     SEL_TRY(sel_comm_agree(t->comm, make_model(t)));
     sel_comm_barrier(t->comm);   /* all measure at once: the peak that they have together */
     SEL_TRY(sel_comm_agree(t->comm, sel_linear_measure_peak(t->engine, &t->peak_gflops)));
@@ -399,6 +413,7 @@ void sel_trainer_close(sel_trainer *t)
     sel_run_close(&t->run);
     sel_arrays_free(t);
     sel_model_free(&t->model);
+    sel_sequence_free(&t->sequence);
     sel_linear_close(&t->engine);
     sel_layout_free(&t->layout);
     sel_free(t->live_keys);

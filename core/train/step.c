@@ -90,6 +90,16 @@ sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, 
     return SEL_OK;
 }
 
+/* What this rank has moved since the last step: gradients, parameters, and what sequence groups share. */
+static sel_wire moved(sel_trainer *t)
+{
+    sel_wire w, keys = { 0 };
+    sel_reducer_wire(t->reducer, &w);   /* of this step's sums, and of the last one's parameters */
+    if (t->sequence) sel_sequence_wire(t->sequence, &keys);
+    sel_wire_add(&w, &keys);
+    return w;
+}
+
 /* [collective] A rank has been asked to end: which signal it was, told to the user at once. */
 static int hear_signal(sel_trainer *t, int64_t step)
 {
@@ -123,8 +133,7 @@ sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s)
 
     const double norm = sqrt(sel_arrays_norm_squared(t));
     sel_profile_lap(&t->profile, SEL_PART_GRADIENT_NORM, 0.0, 4.0 * (double)t->layout->total);
-    sel_wire w;
-    sel_reducer_wire(t->reducer, &w);   /* of this step's sums, and of the last one's parameters */
+    const sel_wire w = moved(t);
     sums[SUM_WIRE] = w.wire_bytes;
     sums[SUM_WIRE_LEAST] = w.wire_least;
     sums[SUM_HOST] = w.host_bytes;

@@ -15,6 +15,8 @@ typedef struct {
     int64_t train_tokens, validation_tokens, windows;
     int64_t micro_batch, local_batch, resumed_from;   /* -1: fresh */
     int ranks, hosts, threads;
+    int sequence;                       /* ranks that share each sequence */
+    bool zigzag;                        /* and how */
     double peak_gflops;                 /* of a rank */
     const char *level, *cpu, *linear, *precision, *mpi;
     const char *binding;                /* where ranks and threads run, one line */

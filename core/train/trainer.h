@@ -9,6 +9,7 @@
 #include "core/train/train.h"
 #include "dist/mesh.h"
 #include "dist/reduce.h"
+#include "dist/sequence.h"
 
 /* Levels of the tree over a rank's leaves, and numbers that are summed in it beside the gradient. */
 enum { SEL_LEVELS = 18, SEL_LEAF_NUMBERS = 3 };
@@ -43,8 +44,10 @@ typedef struct sel_trainer {
     sel_linear_engine *engine;
     sel_model *model;
     sel_reducer *reducer;
+    sel_chunks chunks;               /* of each sequence, this rank's: all of it where mesh.sequence is 1 */
+    sel_sequence *sequence;          /* NULL there */
 
-    int64_t first, count, micro;     /* this rank's samples of a batch; how many at once */
+    int64_t first, count, micro;     /* samples of a batch that are this rank's sequence group's; how many at once */
     int32_t *tokens;                 /* [micro][N + 1] */
     double *live_keys;               /* [layers] of the last micro-batch: shares of the pairs that attention computed */
     int threads;
