@@ -9,7 +9,9 @@
 #include "dist/comm_mpi.h"
 #include "dist/tree.h"
 
-enum { SLOTS = 4, TAG_SUM = 0, TAG_SPREAD = SLOTS };
+/* Exchanges in flight: while a rank computes, MPI is asked so rarely, and a message takes so many answers (request,
+   clearance, data), that this number, not the link, limits what goes over a fast one. */
+enum { SLOTS = 8, TAG_SUM = 0, TAG_SPREAD = SLOTS };
 
 typedef struct {
     enum { IDLE, SUMMING, SPREADING, COMPLETE } state;

@@ -275,17 +275,14 @@ static int unfinished(const sel_reducer *r)
 /* Ends the round: everything is announced, now wait. */
 static void complete(sel_reducer *r)
 {
-    double worked = 0;
     sel_host_waiter waiter = {0};
 
     announce(r, r->cut.buckets);
-    sel_pulse_enter(r->round == SUM ? "reduce" : "gather");
     const double begun = sel_now();
+    sel_pulse_enter(r->round == SUM ? "reduce" : "gather");
     for (int p; (p = unfinished(r)) >= 0;) {
-        const double before = sel_now();
         if (advance(r)) {
             sel_pulse_tick();
-            worked += sel_now() - before;
             waiter = (sel_host_waiter){0};
             continue;
         }
@@ -303,7 +300,7 @@ static void complete(sel_reducer *r)
     r->base += (uint32_t)r->cut.buckets;
     const double now = sel_now();
     if (r->cut.buckets > 0) {
-        r->wire.wait_seconds += now - begun - worked;
+        r->wire.wait_seconds += now - begun;
         r->wire.busy_seconds += now - r->first;
     }
     r->announced = r->folded = r->delivered = 0;
@@ -322,6 +319,7 @@ void sel_reducer_ready(sel_reducer *r, int64_t begin)
     int k = r->announced;
 
     SEL_ASSERT(r->round == SUM && begin >= 0 && begin <= r->opt.n);
+    if (r->opt.no_overlap) return;
     for (; k < r->cut.buckets; k++) {
         sel_buckets_bucket(&r->cut, k, &from, &to);
         if (from < begin) break;
@@ -367,6 +365,7 @@ void sel_reducer_updated(sel_reducer *r, int i)
 {
     if (!r->opt.zero) return;
     SEL_ASSERT(r->round == GATHER && i >= 0 && i < r->cut.buckets);
+    if (r->opt.no_overlap) return;
     announce(r, i + 1);
     sel_reducer_poll(r);
 }

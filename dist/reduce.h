@@ -33,6 +33,7 @@ typedef struct {
     bool fixed_tree; /* the tree over ranks must be the whole binary one, wherever the ranks are: their number is a
                         power of two, and hosts that do not fit into the tree count as so many single ranks */
     bool no_window;          /* as if no host lent shared memory */
+    bool no_overlap;         /* nothing moves before sel_reducer_finish, sel_reducer_gather: shows what overlap hides */
     int threads;             /* that add up */
     int64_t bucket_floats;   /* 0: chosen */
 } sel_reducer_options;
@@ -78,7 +79,7 @@ typedef struct {
     double wire_bytes;      /* sent to other hosts */
     double wire_least;      /* the least that an all-reduce between hosts can send, this rank's share */
     double host_bytes;      /* loaded from and stored to other ranks' memory of this host */
-    double wait_seconds;    /* done nothing but wait for it */
+    double wait_seconds;    /* spent in sel_reducer_finish and sel_reducer_gather: nothing was computed meanwhile */
     double busy_seconds;    /* it was under way: 1 - wait / busy was hidden behind computing */
 } sel_wire;
 void sel_reducer_wire(sel_reducer *r, sel_wire *w);

@@ -26,7 +26,7 @@
 #include "dist/comm_mpi.h"
 #include "dist/host.h"
 
-enum { NAME = 64, FRAMES = 48 };
+enum { NAME = 64, FRAMES = 48, SIGNAL_STACK = 128 << 10 };
 #define SILENCE_SECONDS 15.0 /* networks that heal and machines that swap take less */
 #define ROUND_SECONDS 0.25
 #define LAUNCHER_SECONDS 5.0 /* for the launcher to end a job that has lost a rank */
@@ -70,6 +70,8 @@ struct sel_watchdog {
     double dead;            /* seconds since the neighbour's process was found gone; 0: it is there */
     pid_t launcher;
     pthread_t main, thread;
+    void *signal_stack;     /* the main thread's, for the handler that takes its stack */
+    stack_t before;         /* what it had for signals */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     bool closing;           /* under the mutex */
@@ -194,11 +196,12 @@ static _Noreturn void follow(sel_watchdog *w)
     _exit(SEL_WATCHDOG_STATUS);
 }
 
-/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 4 s from now: in a process and session of its
-   own, since the daemon may end this one first.  Other launchers (slurmstepd) are left alone. */
+/* Kills Open MPI's daemon of this host (mpirun, orted), if it still runs 6 s from now; to end ranks that do not take
+   TERM takes it 2 to 3.  In a process and session of its own, since the daemon may end this one first.  Other launchers
+   (slurmstepd) are left alone. */
 static void doom_launcher(const sel_watchdog *w)
 {
-    char pid[24], script[] = "sleep 4; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
+    char pid[24], script[] = "sleep 6; case $(cat /proc/$0/comm) in mpi*|orte*|prte*) kill -9 $0;; esac";
     char *const words[] = {(char[]){"sh"}, (char[]){"-c"}, script, pid, NULL};
     posix_spawnattr_t attributes;
     sigset_t none;
@@ -341,17 +344,21 @@ static void name_stuck(const sel_watchdog *w, const sel_beacon_news *n)
 static void exchange(sel_watchdog *w, double seconds)
 {
     const bool center = w->c->host_index == 0;
+    bool met = false;
     sel_beacon_news n;
 
     for (int h = 0; h < w->c->hosts; h++) w->remotes[h].silent += seconds;
     while (sel_beacon_receive(w->beacon, &n)) {
         remote *o = &w->remotes[center ? n.host : 0];
+        met |= !o->heard;
         o->news = n;
         o->silent = 0.0;
         o->heard = true;
     }
     w->since_send += seconds;
-    if (w->since_send < w->silence / 10) return;
+    /* A host that is heard for the first time is answered at once: only who has heard the first host knows when it is
+       cut off from it. */
+    if (w->since_send < w->silence / 10 && !(center && met)) return;
     w->since_send = 0.0;
     n = center ? behind_of_all(w) : find_behind(w);
     n.ending = atomic_load(&w->parts[0]->ending);
@@ -482,6 +489,7 @@ static sel_status make(sel_watchdog *w, double seconds)
     w->limit = seconds;
     w->silence = fmin(seconds, SILENCE_SECONDS);
     w->round = fmin(ROUND_SECONDS, seconds / 10);
+    w->since_send = w->silence;   /* the first round sends */
     w->launcher = getppid();
     w->main = pthread_self();
     pthread_mutex_init(&w->mutex, NULL);
@@ -494,19 +502,23 @@ static sel_status make(sel_watchdog *w, double seconds)
     w->beats = calloc(ranks, sizeof *w->beats);
     w->hosts = calloc(hosts, sizeof *w->hosts);
     w->remotes = calloc(hosts, sizeof *w->remotes);
-    if (!w->parts || !w->marks || !w->beats || !w->hosts || !w->remotes)
+    w->signal_stack = malloc(SIGNAL_STACK);
+    if (!w->parts || !w->marks || !w->beats || !w->hosts || !w->remotes || !w->signal_stack)
         return sel_fail(SEL_ENOMEM, "out of memory for the watchdog");
     return SEL_OK;
 }
 
-/* Signals that ask the run to end are the main thread's: this one takes none. */
+/* The handler has a stack of its own: generated code of oneDNN keeps data below the stack pointer.  The watchdog's
+   thread takes no signals. */
 static sel_status start_thread(sel_watchdog *w)
 {
-    const struct sigaction handler = {.sa_handler = take_stack, .sa_flags = SA_RESTART};
+    const struct sigaction handler = {.sa_handler = take_stack, .sa_flags = SA_RESTART | SA_ONSTACK};
+    const stack_t stack = {.ss_sp = w->signal_stack, .ss_size = SIGNAL_STACK};
     sigset_t all, before;
 
     (void)backtrace(frames, 1); /* loads what it needs now, not in the handler */
-    if (sigaction(STACK_SIGNAL, &handler, NULL) != 0) return sel_fail(SEL_EIO, "watchdog: no signal for stacks");
+    if (sigaltstack(&stack, &w->before) != 0 || sigaction(STACK_SIGNAL, &handler, NULL) != 0)
+        return sel_fail(SEL_EIO, "watchdog: no signal for stacks");
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     const int error = pthread_create(&w->thread, NULL, watch, w);
@@ -525,6 +537,7 @@ static void release(sel_watchdog **w)
     free((*w)->beats);
     free((*w)->hosts);
     free((*w)->remotes);
+    free((*w)->signal_stack);
     free(*w);
     *w = NULL;
 }
@@ -566,6 +579,8 @@ void sel_watchdog_close(sel_watchdog **out)
     pthread_cond_signal(&w->wake);
     pthread_mutex_unlock(&w->mutex);
     pthread_join(w->thread, NULL);
+    signal(STACK_SIGNAL, SIG_IGN);
+    sigaltstack(&w->before, NULL);
     sel_pulse_move(NULL);
     release(out);
 }

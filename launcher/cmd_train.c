@@ -1,7 +1,9 @@
 /* cmd_train.c: `selectra train CONFIG [key=value ...]`: reads the configuration, trains, shows progress. */
 #include <inttypes.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,28 +15,41 @@
 #include "launcher/options.h"
 #include "sel_version.h"
 
-static volatile sig_atomic_t signal_seen;
+/* Signals that ask the run to end are never handled on a stack that computes: they are blocked in every thread, and one
+   that does nothing else waits for them.  Code that oneDNN 2.6 generates keeps data below the stack pointer, beyond
+   what the ABI protects: the frame of a handler would overwrite it. */
+static sigset_t requests;
+static _Atomic int signal_seen;
 
-static void note_signal(int number)
+static void *listen_for_requests(void *unused)
 {
-    if (number == SIGINT && signal_seen == SIGINT) _exit(130);   /* a second Ctrl-C does not wait for the save */
-    signal_seen = number;
+    int number;
+
+    (void)unused;
+    for (;;) {
+        if (sigwait(&requests, &number) != 0) continue;
+        if (number == SIGINT && signal_seen == SIGINT) _exit(130);   /* a second Ctrl-C does not wait for the save */
+        signal_seen = number;
+    }
 }
 
-/* To any rank: finish the step, save, exit 85. */
-static void catch_signals(void)
+/* To any rank: finish the step, save, exit 85.  Before there is another thread. */
+static sel_status catch_signals(void)
 {
     static const int numbers[] = { SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU };
-    struct sigaction a, before;
-    memset(&a, 0, sizeof a);
-    a.sa_handler = note_signal;
-    a.sa_flags = SA_RESTART;
+    struct sigaction before;
+    pthread_t listener;
+
+    sigemptyset(&requests);
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
-        if (numbers[i] == SIGHUP && sigaction(SIGHUP, NULL, &before) == 0 && before.sa_handler == SIG_IGN)
-            continue;   /* nohup */
-        sigaction(numbers[i], &a, NULL);
+        const bool nohup = numbers[i] == SIGHUP && sigaction(SIGHUP, NULL, &before) == 0 &&
+                           before.sa_handler == SIG_IGN;
+        if (!nohup) sigaddset(&requests, numbers[i]);
     }
+    pthread_sigmask(SIG_BLOCK, &requests, NULL);
     signal(SIGPIPE, SIG_IGN);   /* a reader of our output that goes away must not end the run */
+    const int error = pthread_create(&listener, NULL, listen_for_requests, NULL);
+    return error ? sel_fail(SEL_EIO, "no thread to listen for signals: %s", strerror(error)) : SEL_OK;
 }
 
 typedef struct {
@@ -186,8 +201,8 @@ int sel_cmd_train(int argc, char **argv)
             fprintf(stderr, "selectra train: CONFIG is missing (usage: selectra train CONFIG [key=value ...])\n");
         return SEL_EXIT_USER;
     }
-    catch_signals();   /* also those that come while MPI starts */
-    if (sel_comm_open(&c, &argc, &argv) != SEL_OK) {
+    /* Signals also while MPI starts. */
+    if (catch_signals() != SEL_OK || sel_comm_open(&c, &argc, &argv) != SEL_OK) {
         fprintf(stderr, "selectra train: %s\n", sel_error());
         return SEL_EXIT_FAILURE;
     }

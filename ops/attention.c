@@ -1,6 +1,6 @@
 /* attention.c: tiles, groups and scratch of an attention call (attention_plan.h); no arithmetic.
  *
- * The definition is attention.h, as a program tests/reference.c; the portable kernel attention_{forward,backward}_c.c;
+ * The definition is attention.h, as a program tests/reference.c; portable: attention_{forward,backward,carry}_c.c;
  * AVX-512's attention_words*.h, installed by attention_avx512*.c, which also choose for each call.
  */
 #include "core/base/error.h"
@@ -185,11 +185,48 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     return p;
 }
 
+carry_plan sel_attention_carry_plan(const sel_attention *a, bool backward)
+{
+    carry_plan p = { 0 };
+    const int64_t dh = a->dh, pair = a->bfloat16 ? 2 : 1, square = TILE * TILE;
+    int64_t end = 0, pack = 0;
+
+    p.rows = a->i1 - a->i0;
+    p.tiles = ceil_div(p.rows, TILE);
+    p.columns = ceil_div(a->i1, TILE);
+    p.group = tiles_a_group(p.tiles);
+    p.groups = ceil_div(p.tiles, p.group);
+    p.qt = take(&pack, p.tiles * TILE * dh / pair);
+    if (!backward) {
+        p.kt = take(&end, TILE * dh / pair);
+    } else {
+        p.z = take(&end, SIDE * SIDE * square / pair);
+        p.zk = take(&end, a->bfloat16 ? SIDE * SIDE * square / pair : 0);
+        p.dk = take(&end, SIDE * TILE * dh);
+        p.dq = take(&end, p.tiles * TILE * dh);
+        p.q_rows = take(&pack, p.tiles * TILE * dh / pair);
+        p.k = take(&pack, p.columns * TILE * dh / pair);
+        p.k_pairs = take(&pack, a->bfloat16 ? p.columns * TILE * dh / pair : 0);
+        p.list = take(&pack, p.columns * TILE);
+        p.dcarry = take(&pack, p.columns * TILE);
+    }
+    p.thread_size = end;
+    p.pack0 = end * a->threads;
+    p.pack_size = pack;
+    p.total = p.pack0 + pack * (a->B >= a->threads ? a->threads : 1);
+    return p;
+}
+
 size_t sel_attention_workspace(const sel_attention *a, bool backward)
 {
     SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0) && !a->sel_q == !a->sel_k);
     SEL_ASSERT(!a->dead_after || (a->selective && a->relu && a->window == 0));
-    const int64_t portable = sel_attention_plan(a, backward).total;
-    const int64_t words = attention_fits_words(a, backward) ? sel_attention_words_plan(a, backward).total : 0;
-    return (size_t)(portable > words ? portable : words) * sizeof(float);
+    int64_t most = sel_attention_plan(a, backward).total;
+    if (attention_fits_words(a, backward)) {
+        const int64_t words = sel_attention_words_plan(a, backward).total;
+        const int64_t carry = a->selective && a->window == 0 ? sel_attention_carry_plan(a, backward).total : 0;
+        if (words > most) most = words;
+        if (carry > most) most = carry;
+    }
+    return (size_t)most * sizeof(float);
 }

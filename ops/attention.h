@@ -108,10 +108,34 @@ typedef struct {
     float memory_coef;
 } sel_attention_grad;
 
-/* Bytes of scratch that forward (backward false) or backward needs for these sizes. */
+/* Bytes of scratch that forward and attention_carry (backward false) or backward and attention_carry_backward need for
+   these sizes. */
 size_t sel_attention_workspace(const sel_attention *a, bool backward);
 
+/* attention_forward and attention_backward (ops.h). */
 typedef void sel_attention_forward_fn(const sel_attention *a);
 typedef void sel_attention_backward_fn(const sel_attention *a, const sel_attention_grad *g);
+
+/* A sequence whose rows are dealt to several calls (spec, section 4) that do not wait for each other's carries: these
+ * two passes over the selection alone, head 0's q and k or sel_q and sel_k, give what the calls must tell each other.
+ * Both are for selective causal attention: window 0.
+ *
+ * attention_carry, before forward: carry_out = carry_in + column sums of S over the call's rows, for keys [0, i1).
+ * With carry_in NULL an exclusive prefix sum over the calls, in order of position, is each one's carry_in for forward;
+ * S is made of the same products as there.  Of the arrays only q, k, sel_q, sel_k and the carries are used; dead keys
+ * are summed as all others (dead_after is ignored): carry_out is no lower bound.  The same bits for any number of
+ * threads.
+ *
+ * attention_carry_backward, after backward with dcarry_in NULL: what dF of later calls' rows, dcarry_in, adds to the
+ * gradients of this call's,
+ *     dL[0][i,j] += dcarry_in[j] where S passed L on         dq, dk (head 0's) or dsel_q, dsel_k += from it
+ * so that both together equal backward with that dcarry_in, up to rounding.  Backward's dcarry_out, with dcarry_in
+ * NULL, is the column sums of dF over its own rows: an exclusive suffix sum over the calls is each one's dcarry_in.
+ * Here dcarry_out is left alone: it would count dF twice.  Of g only dcarry_in (NULL: nothing to do), dq, dk, dsel_q
+ * and dsel_k are used, of a's arrays q, k, sel_q, sel_k and, with dead_after, saved, as forward left it.  For equal threads
+ * equal bits.
+ */
+typedef sel_attention_forward_fn sel_attention_carry_fn;
+typedef sel_attention_backward_fn sel_attention_carry_backward_fn;
 
 #endif

@@ -1,11 +1,14 @@
 /* attention_avx512bf16.c: fused selective attention for AVX-512 with vdpbf16ps, bfloat16 operands. */
 #define WORD_BF16 1
 #include "ops/attention_words_live.h"
+#include "ops/attention_words_carry.h"
 #include "ops/levels.h"
 
 /* float32 operands, and what this kernel does not cover, are the level below's, which is in the table already. */
 static sel_attention_forward_fn *lower_forward;
 static sel_attention_backward_fn *lower_backward;
+static sel_attention_carry_fn *lower_carry;
+static sel_attention_carry_backward_fn *lower_carry_backward;
 
 static void attention_forward(const sel_attention *a)
 {
@@ -19,10 +22,26 @@ static void attention_backward(const sel_attention *a, const sel_attention_grad 
     else lower_backward(a, g);
 }
 
+static void attention_carry(const sel_attention *a)
+{
+    if (a->bfloat16 && attention_fits_words(a, false)) carry_words(a);
+    else lower_carry(a);
+}
+
+static void attention_carry_backward(const sel_attention *a, const sel_attention_grad *g)
+{
+    if (a->bfloat16 && attention_fits_words(a, true)) carry_backward_words(a, g);
+    else lower_carry_backward(a, g);
+}
+
 void sel_ops_attention_words_init_avx512bf16(sel_ops *ops)
 {
     lower_forward = ops->attention_forward;
     lower_backward = ops->attention_backward;
+    lower_carry = ops->attention_carry;
+    lower_carry_backward = ops->attention_carry_backward;
     ops->attention_forward = attention_forward;
     ops->attention_backward = attention_backward;
+    ops->attention_carry = attention_carry;
+    ops->attention_carry_backward = attention_carry_backward;
 }

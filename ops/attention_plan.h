@@ -60,8 +60,53 @@ enum {
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);
 
+/* Theirs of attention_carry and attention_carry_backward (attention_words_carry.h). */
+typedef struct {
+    int64_t rows, tiles, columns;
+    int64_t group, groups;           /* with dead keys: row tiles a saved carry stands for; how many carries */
+    int64_t thread0, thread_size;
+    int64_t kt;                      /* forward, in a thread's scratch */
+    int64_t z, zk, dk, dq;           /* backward */
+    int64_t pack0, pack_size;
+    int64_t qt;                      /* in a sequence's pack; the rest backward's alone */
+    int64_t q_rows, k, k_pairs, list, dcarry;
+    int64_t total;
+} carry_plan;
+
+carry_plan sel_attention_carry_plan(const sel_attention *a, bool backward);
+
 /* Does the selection have rows of its own, or is it made of head 0's? */
 static inline bool attention_bilinear(const sel_attention *a) { return a->selective && a->sel_q; }
+
+/* What S is made of: the rows that begin with the call's first and all keys, of the first sequence; dh values a row. */
+typedef struct {
+    const float *q, *k;
+    int64_t q_seq, q_row, k_seq, k_row;
+} selection_source;
+
+static inline selection_source attention_selection(const sel_attention *a)
+{
+    if (attention_bilinear(a))
+        return (selection_source){ .q = a->sel_q, .q_seq = a->sel_q_seq, .q_row = a->sel_q_row,
+                                   .k = a->sel_k, .k_seq = a->sel_k_seq, .k_row = a->sel_k_row };
+    return (selection_source){ .q = a->q, .q_seq = a->q_seq, .q_row = a->q_row,
+                               .k = a->k, .k_seq = a->k_seq, .k_row = a->k_row };
+}
+
+/* Its gradients. */
+typedef struct {
+    float *dq, *dk;
+    int64_t dq_seq, dq_row, dk_seq, dk_row;
+} selection_gradients;
+
+static inline selection_gradients attention_selection_gradients(const sel_attention *a, const sel_attention_grad *g)
+{
+    if (attention_bilinear(a))
+        return (selection_gradients){ .dq = g->dsel_q, .dq_seq = g->dsel_q_seq, .dq_row = g->dsel_q_row,
+                                      .dk = g->dsel_k, .dk_seq = g->dsel_k_seq, .dk_row = g->dsel_k_row };
+    return (selection_gradients){ .dq = g->dq, .dq_seq = g->dq_seq, .dq_row = g->dq_row,
+                                  .dk = g->dk, .dk_seq = g->dk_seq, .dk_row = g->dk_row };
+}
 
 /* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; windows in backward and
    so, since each kernel reads only what it saved itself, where forward saves carries. */

@@ -16,6 +16,7 @@ void sel_ops_cross_entropy_init_c(sel_ops *ops);              /* cross_entropy_c
 void sel_ops_adamw_init_c(sel_ops *ops);                      /* adamw_c.c */
 void sel_ops_attention_forward_init_c(sel_ops *ops);          /* attention_forward_c.c */
 void sel_ops_attention_backward_init_c(sel_ops *ops);         /* attention_backward_c.c */
+void sel_ops_attention_carry_init_c(sel_ops *ops);            /* attention_carry_c.c */
 void sel_ops_attention_gap_init_c(sel_ops *ops);              /* attention_gap_c.c */
 
 void sel_ops_embed_init_avx2(sel_ops *ops);
@@ -25,6 +26,7 @@ void sel_ops_cross_entropy_init_avx2(sel_ops *ops);
 void sel_ops_adamw_init_avx2(sel_ops *ops);
 void sel_ops_attention_forward_init_avx2(sel_ops *ops);
 void sel_ops_attention_backward_init_avx2(sel_ops *ops);
+void sel_ops_attention_carry_init_avx2(sel_ops *ops);
 void sel_ops_attention_gap_init_avx2(sel_ops *ops);
 
 void sel_ops_embed_init_avx512(sel_ops *ops);
@@ -34,6 +36,7 @@ void sel_ops_cross_entropy_init_avx512(sel_ops *ops);
 void sel_ops_adamw_init_avx512(sel_ops *ops);
 void sel_ops_attention_forward_init_avx512(sel_ops *ops);
 void sel_ops_attention_backward_init_avx512(sel_ops *ops);
+void sel_ops_attention_carry_init_avx512(sel_ops *ops);
 void sel_ops_attention_gap_init_avx512(sel_ops *ops);
 void sel_ops_attention_words_init_avx512(sel_ops *ops);   /* attention_avx512.c, over the two above */
 

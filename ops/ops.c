@@ -15,6 +15,7 @@ void sel_ops_init(sel_ops *ops, sel_cpu_level level)
     sel_ops_adamw_init_c(ops);
     sel_ops_attention_forward_init_c(ops);
     sel_ops_attention_backward_init_c(ops);
+    sel_ops_attention_carry_init_c(ops);
     sel_ops_attention_gap_init_c(ops);
 
 #ifdef SEL_X86
@@ -27,6 +28,7 @@ void sel_ops_init(sel_ops *ops, sel_cpu_level level)
     sel_ops_adamw_init_avx2(ops);
     sel_ops_attention_forward_init_avx2(ops);
     sel_ops_attention_backward_init_avx2(ops);
+    sel_ops_attention_carry_init_avx2(ops);
     sel_ops_attention_gap_init_avx2(ops);
 
     if (level < SEL_CPU_AVX512) return;
@@ -38,6 +40,7 @@ void sel_ops_init(sel_ops *ops, sel_cpu_level level)
     sel_ops_adamw_init_avx512(ops);
     sel_ops_attention_forward_init_avx512(ops);
     sel_ops_attention_backward_init_avx512(ops);
+    sel_ops_attention_carry_init_avx512(ops);
     sel_ops_attention_gap_init_avx512(ops);
     sel_ops_attention_words_init_avx512(ops);
 

@@ -98,6 +98,10 @@ typedef struct sel_ops {
     sel_attention_forward_fn  *attention_forward;
     sel_attention_backward_fn *attention_backward;
 
+    /* For sequences whose rows are dealt to several calls. */
+    sel_attention_carry_fn          *attention_carry;
+    sel_attention_carry_backward_fn *attention_carry_backward;
+
     /* gap [B]: for dead keys (attention.h): what a logit of the call's rows can exceed the largest L - F of its row by,
        at most; measured on q and k.  A key with F > gap + 104 has weight 0 in float32, all keys with F > gap + 17 +
        ln(i1) together weigh less than half a unit in the last place (spec, section 3.1). */

@@ -48,6 +48,7 @@ static void test_defaults(void)
     CHECK(c->train.log_every == 10 && c->train.validate_every == 1000 && c->train.validate_tokens == 0, "train");
     CHECK(c->checkpoint.every == 1000 && c->checkpoint.every_minutes == 0 && c->checkpoint.keep == 3, "checkpoint");
     CHECK(c->dist.mesh.data == 0 && c->dist.mesh.sequence == 1 && c->compute.threads == 0, "dist");
+    CHECK(c->dist.shared_memory && c->dist.overlap && c->dist.zero == 0 && c->dist.virtual_ranks == 0, "dist");
     CHECK(c->compute.linear_backend == SEL_BACKEND_ONEDNN && strcmp(c->compute.cpu, "auto") == 0, "compute");
     CHECK(!c->run.dir[0] && !c->run.seed && !c->data.train[0] && !c->train.init_from[0], "empty");
 }

@@ -51,12 +51,12 @@ expect() {
     "${@:2}" >out 2>err || got=$?
     if [ $got -eq "$1" ]; then pass; return 0; fi
     fail "status $got, expected $1: ${*:2}"
-    tail -n 5 out err
+    tail -n 20 out err
     return 1
 }
 
-# said PATTERN: stderr of the last `expect` has a line like it (extended regular expression).
-said() { if grep -qE -- "$1" err; then pass; else fail "not said on stderr: $1"; tail -n 5 err; fi }
+# said PATTERN [FILE]: stderr of the last `expect`, or the file, has a line like it (extended regular expression).
+said() { if grep -qE -- "$1" "${2:-err}"; then pass; else fail "not said in ${2:-err}: $1"; tail -n 5 "${2:-err}"; fi }
 
 # ---- a corpus that can be learnt: sentences of a small grammar, in which a noun brings its own adjectives and verbs
 
@@ -147,6 +147,7 @@ ended() {
     done
     if kill -0 "$job" 2>/dev/null; then
         fail "the job still runs after $limit s"
+        who_is_left
         kill -9 $(rank_pids) "$job"
         wait "$job" 2>/dev/null
         job=
@@ -156,8 +157,19 @@ ended() {
     job= ended_with=$status
     if [ "$1" = fail ] && [ $status -ne 0 ] || [ "$1" = "$status" ]; then pass; return 0; fi
     fail "the job ended with status $status, expected $1"
-    tail -n 5 out err
+    tail -n 20 out err
     return 1
+}
+
+# who_is_left: of a job that should be over: its processes, what each waits for, and its stacks where gdb is there.
+who_is_left() {
+    local pid
+    tail -n 20 out err
+    for pid in "$job" $(rank_pids); do
+        echo "process $pid: $(tr '\0' ' ' <"/proc/$pid/cmdline" | cut -c1-100), $(grep State "/proc/$pid/status")," \
+            "in $(cat "/proc/$pid/wchan" 2>/dev/null)"
+        ! command -v gdb >/dev/null || timeout 20 gdb -p "$pid" -batch -ex 'thread apply all bt' 2>/dev/null | grep '^[#T]'
+    done
 }
 
 # seconds_since T: T as bash's EPOCHREALTIME has it.

@@ -44,8 +44,8 @@ hosts_down() {
     cd / && rm -rf "$TEMP"
 }
 
-# cut off / heal: as a pulled cable; blackhole: the link stays up and nothing arrives.
-cut() { ip -n $lan link set p2 down; }
+# cut_off and heal: as a pulled cable; blackhole: the link stays up and nothing arrives.
+cut_off() { ip -n $lan link set p2 down; }
 blackhole() { ip -n $lan link set p2 nomaster; }
 heal() { ip -n $lan link set p2 up; ip -n $lan link set p2 master br0; }
 

@@ -4,7 +4,8 @@
 # sanitizers, with fewer repetitions (SEL_TEST_QUICK).  The last line is the count; exit status 0
 # means that all passed.
 #
-#   ./tests/run.sh [--fast]      --fast: one build, no sanitizers
+#   ./tests/run.sh [--fast | --whole]      --fast: one build, no sanitizers
+#                                          --whole: with the sanitizers every test that is meant for them, 15 minutes more
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 . launcher/packages.sh
@@ -48,8 +49,12 @@ run_tests() {
     passed=$((passed + run)) failed=$((failed + fail)) skipped=$((skipped + skip))
 }
 
-fast=
-[ "${1:-}" != --fast ] || fast=1
+fast='' whole=''
+case ${1:-} in
+--fast) fast=1 ;;
+--whole) whole=1 ;;
+?*) echo "usage: ./tests/run.sh [--fast | --whole]" >&2; exit 2 ;;
+esac
 
 say "packages"
 wanted=("${selectra_packages[@]}")
@@ -72,7 +77,8 @@ build "clang, Release" build-test-clang "${generator[@]}" -DCMAKE_BUILD_TYPE=Rel
 if mpich=$(command -v mpicc.mpich); then
     build "gcc, MPICH" build-test-mpich "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
         -DMPI_C_COMPILER="$mpich" &&
-        MPIRUN=mpiexec.mpich run_tests "ranks, MPICH" build-test-mpich -R '^mpi_(comm|host)|^mpi_reduce[.](np[24]|hosts2[+]2)$|^e2e_ranks$'
+        MPIRUN=mpiexec.mpich run_tests "ranks, MPICH" build-test-mpich \
+            -R '^mpi_(comm|host)|^mpi_reduce[.](np[24]|hosts2[+]2)$|^e2e_ranks$'
 fi
 
 # MPI's leaks are known by its name in their stacks, for which stacks must be whole: slow, so only where there is MPI.
@@ -84,7 +90,8 @@ if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=
     run_tests "sanitizers, one process" build-test-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
     run_tests "sanitizers, ranks" build-test-asan -L mpi -E '^mpi_reduce[.](np[13]|hosts1)'
-    # Nor those that live by seconds (watchdog, launch, hosts, kill_saving) or start many ranks: the same program, slower.
-    run_tests "sanitizers, the program" build-test-asan -L e2e -E '^e2e_(watchdog|launch|kill_saving|hosts|mesh|mesh_hosts|many)$'
+    # Left out but with --whole, for the time they take: those that wait for seconds to pass or start many ranks.
+    [ "$whole" ] && later='^$' || later='^e2e_(watchdog|launch|hosts|links|mesh|mesh_hosts|many)$'
+    run_tests "sanitizers, the program" build-test-asan -L e2e -E "$later"
 fi
 finish

@@ -95,9 +95,9 @@ sel_status sel_fault_init(int rank)
     return rc;
 }
 
-static void sleep_seconds(time_t seconds)
+static void sleep_ms(int64_t ms)
 {
-    struct timespec left = {.tv_sec = seconds};
+    struct timespec left = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
     while (nanosleep(&left, &left) != 0 && errno == EINTR) continue;
 }
 
@@ -119,8 +119,11 @@ bool sel_fault(const char *phase, int64_t step, const char *kind)
         if (callers) due = true;
         if (strcmp(f->kind, "kill") == 0) kill(getpid(), SIGKILL);
         if (strcmp(f->kind, "stop") == 0) kill(getpid(), SIGSTOP);
-        if (strcmp(f->kind, "term") == 0) kill(getpid(), SIGTERM);
-        if (strcmp(f->kind, "sleep") == 0) sleep_seconds(30);
+        if (strcmp(f->kind, "term") == 0) {
+            kill(getpid(), SIGTERM);
+            sleep_ms(50); /* another thread takes it */
+        }
+        if (strcmp(f->kind, "sleep") == 0) sleep_ms(30000);
     }
     return due;
 }

@@ -305,6 +305,18 @@ static sel_status attention_backward(void *ctx)
     t->ops->attention_backward(&t->a, &t->g);
     return SEL_OK;
 }
+static sel_status attention_carry(void *ctx)
+{
+    const attention *t = ctx;
+    t->ops->attention_carry(&t->a);
+    return SEL_OK;
+}
+static sel_status attention_carry_backward(void *ctx)
+{
+    const attention *t = ctx;
+    t->ops->attention_carry_backward(&t->a, &t->g);
+    return SEL_OK;
+}
 
 sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
                                sel_bench_results *out)
@@ -314,10 +326,11 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
     const int64_t row = heads * dh, seq = N * row, n = batch * seq;
     float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
     float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
+    float *const carry = sel_bench_array(batch * N, 11), *const dcarry = sel_bench_array(batch * N, 12);
     void *workspace = NULL;
-    attention t[2];
-    sel_bench_case cases[4];
-    sel_status rc = lse && saved ? SEL_OK : SEL_ENOMEM;
+    attention t[2], part;
+    sel_bench_case cases[6];
+    sel_status rc = lse && saved && carry && dcarry ? SEL_OK : SEL_ENOMEM;
 
     for (int i = 0; i < ARRAYS; i++)
         if (!(x[i] = sel_bench_array(n, (uint64_t)i))) rc = SEL_ENOMEM;
@@ -343,10 +356,26 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
             (sel_bench_case){.run = attention_backward, .ctx = &t[i], .flops = 2.5 * flops, .row = figure};
         cases[2 * i + 1].row.pass = "backward";
     }
-    if (rc == SEL_OK) rc = sel_bench_rounds(b, cases, 4, SEL_YARD_PEAK, out);
+    if (rc == SEL_OK) {   /* what a sequence's shards need beside these: over the selection alone */
+        part = t[0];
+        part.a.carry_out = carry;
+        part.a.carry_seq = N;
+        part.g.dcarry_in = dcarry;
+        cases[4] = cases[0];
+        cases[5] = cases[1];
+        for (int i = 4; i < 6; i++) {
+            cases[i].run = i == 4 ? attention_carry : attention_carry_backward;
+            cases[i].ctx = &part;
+            cases[i].flops = (i == 4 ? 0.5 : 1.5) * cases[0].flops / (double)heads;
+            cases[i].row.kind = "carry";
+        }
+        rc = sel_bench_rounds(b, cases, 6, SEL_YARD_PEAK, out);
+    }
     for (int i = 0; i < ARRAYS; i++) sel_free(x[i]);
     sel_free(lse);
     sel_free(saved);
+    sel_free(carry);
+    sel_free(dcarry);
     sel_free(workspace);
     return rc;
 }

@@ -79,7 +79,7 @@ double     sel_bench_median(double *x, int n);
 sel_status sel_bench_gemm(const sel_bench *b, sel_bench_results *out);
 
 /* Attention, selective and standard, forward and backward, at context N: `batch` sequences.  FLOPs: forward
-   4 dh N (N + 1) / 2 a head, backward 2.5 times that. */
+   4 dh N (N + 1) / 2 a head, backward 2.5 times that; "carry", what shards add to both: dh N (N + 1), 3 times that. */
 sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
                                sel_bench_results *out);
 

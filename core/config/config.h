@@ -54,7 +54,7 @@ typedef struct sel_config {
     struct {
         struct { int64_t data, sequence; } mesh;   /* data 0: auto */
         int64_t zero, virtual_ranks;               /* virtual_ranks 0: off */
-        bool shared_memory;
+        bool shared_memory, overlap;
         sel_wire_type wire;
         sel_on_nan on_nan;
         int64_t nan_rollback, watchdog_seconds;   /* watchdog_seconds 0: off */

@@ -116,6 +116,8 @@ const sel_key sel_keys[] = {
      .help = "same bits for any power of two of ranks up to this one; 0: off"},
     {"dist.shared_memory", SEL_KEY_BOOL, AT(dist.shared_memory), .preset = "true",
      .help = "ranks of a host reduce in shared memory; false: by MPI"},
+    {"dist.overlap", SEL_KEY_BOOL, AT(dist.overlap), .preset = "true",
+     .help = "gradients travel while backward still runs; false: after it, to see what that hides"},
     {"dist.wire", SEL_KEY_CHOICE, AT(dist.wire), .preset = "float32", .choices = "float32|bfloat16",
      .help = "of gradients between hosts; bfloat16: half the bytes, rounds each host's term by up to 2^-9"},
     {"dist.on_nan", SEL_KEY_CHOICE, AT(dist.on_nan), .preset = "stop", .choices = "stop|skip",

@@ -44,7 +44,7 @@ sel_status sel_arrays_new(sel_trainer *t)
     const sel_reducer_options o = { .n = t->layout->total, .zero = sharded(t),
                                     .bfloat16 = c->dist.wire == SEL_WIRE_BFLOAT16,
                                     .fixed_tree = c->dist.virtual_ranks > 0, .no_window = !c->dist.shared_memory,
-                                    .threads = t->threads };
+                                    .no_overlap = !c->dist.overlap, .threads = t->threads };
 
     SEL_TRY(sel_reducer_new(&t->reducer, t->comm, &o));
     return sel_comm_agree(t->comm, make_own(t));

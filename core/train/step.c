@@ -5,6 +5,7 @@
  * Every decision (not finite, signal, time to save) is taken from sums over all ranks, so all ranks take it.
  */
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include "core/base/fault.h"

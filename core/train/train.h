@@ -5,7 +5,6 @@
 #ifndef SEL_CORE_TRAIN_TRAIN_H
 #define SEL_CORE_TRAIN_TRAIN_H
 
-#include <signal.h>
 #include "core/config/config.h"
 #include "core/run/run.h"
 #include "dist/comm.h"
@@ -42,7 +41,7 @@ typedef struct {
     sel_comm *comm;
     const sel_train_watcher *watcher;
     bool profile;                          /* rank 0's time by part: to the watcher and metrics.jsonl at the end */
-    const volatile sig_atomic_t *signal;   /* number of a signal that asks to save and end; 0: none */
+    const _Atomic int *signal;   /* number of a signal that asks to save and end; 0: none */
     const char *command, *program, *commit, *compiler, *build;   /* for provenance.json */
 } sel_train_job;
 
