@@ -266,6 +266,12 @@ INLINE __mmask16 in_view(const tile_view *view, int v, int j)
                                         _mm512_set1_epi32(j - view->low));
 }
 
+/* Lanes v .. v + 15 that see key j where there is no window: query lane i does where i + off >= j. */
+INLINE __mmask16 sees(int v, int64_t j, int64_t off)
+{
+    return _mm512_cmpge_epi32_mask(lanes_from(v), _mm512_set1_epi32(within_tile(j - off)));
+}
+
 /* Blocks of 8 keys, [first, end), that hold all keys which the lanes v .. v + 15 see. */
 INLINE int first_block(const tile_view *view, int v)
 {
