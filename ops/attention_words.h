@@ -29,6 +29,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* gcc (12) would take the products to where their sum is needed, past the exponentials: their factors, 80 vectors, then
+   have to be kept in memory. */
+#define HERE(x) __asm__ volatile("" : "+v"(x))
+#define APART    static __attribute__((noinline))   /* inlined in one another they are short of registers, too */
+
 enum {
     V16 = 16,                           /* floats of a vector */
     PAIR = WORD_BF16 ? 2 : 1,           /* operand values in a word */
@@ -83,26 +88,42 @@ INLINE void product_32(int64_t M, int64_t K, const word *A, int64_t am, int64_t 
     for (; m < M; m++) product_block(1, 2, K, A + m * am, am, ak, B, ldb, C + m * ldc, ldc, fresh);
 }
 
-/* 2^x by polynomials on [-1/2, 1/2] that are least wrong among those with p(0) = 1: a row that sees one key gives its
-   value exactly.  Relative error 1.6e-7 (within 2 units in the last place) for float32 operands, 1.1e-4 for bfloat16
-   ones, whose own rounding is 3.9e-3; -1e30 and -inf give exactly 0. */
+#if WORD_BF16
+/* 2^x to 2.4e-4, where rounding to bfloat16 costs 3.9e-3: x = k / 16 + f, |f| <= 1/32, and 2^(k / 16) (1 + ln 2 f) from
+   tables.  Half as many multiply-adds as a polynomial takes, and those are what products need, too.  The last bits of
+   x + 3/2 2^19 are k; where they are not, 2^x is 0 or infinite.  2^0 = 1: a row that sees one key gives its value
+   exactly; -1e30 and -inf give exactly 0. */
+INLINE __m512 exp2_ps(__m512 x)
+{
+    static const float value[16] __attribute__((aligned(64))) = {
+        1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+        1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f
+    };
+    static const float slope[16] __attribute__((aligned(64))) = {
+        0.693201363f, 0.723892033f, 0.755941451f, 0.789409876f, 0.824360013f, 0.860857546f, 0.898970962f, 0.938771844f,
+        0.980334818f, 1.02373791f, 1.06906271f, 1.11639416f, 1.16582108f, 1.21743643f, 1.27133691f, 1.32762384f
+    };
+    const __m512 shift = _mm512_set1_ps(0x1.8p19f), y = _mm512_add_ps(x, shift), n = _mm512_sub_ps(y, shift);
+    const __m512i k = _mm512_castps_si512(y);
+    const __m512 a = _mm512_permutexvar_ps(k, _mm512_load_ps(value));
+    const __m512 b = _mm512_permutexvar_ps(k, _mm512_load_ps(slope));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(_mm512_sub_ps(x, n), b, a), n);
+}
+#else
+/* 2^x by the polynomial on [-1/2, 1/2] that is least wrong among those with p(0) = 1: a row that sees one key gives its
+   value exactly.  Relative error 1.6e-7, within 2 units in the last place; -1e30 and -inf give exactly 0. */
 INLINE __m512 exp2_ps(__m512 x)
 {
     const __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n);
-#if WORD_BF16
-    __m512 p = _mm512_set1_ps(0.0550089313f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24221096f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693282927f));
-#else
     __m512 p = _mm512_set1_ps(0.00131972539f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00967125814f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555094989f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240222474f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693146835f));
-#endif
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
+#endif
 
 /* Transposes 16 x 16 words in registers: row r of a becomes column r. */
 INLINE void transpose_registers(__m512i a[16])
@@ -217,61 +238,54 @@ INLINE void unweave(__m512 x[2])
 
 /* ---- which queries see which keys ---- */
 
-/* Query lane i < lanes (32 or 64) sees the keys i + low <= j <= i + off. */
+/* Query lane i < lanes (32 or 64) sees the keys i + low <= j <= i + off of a tile: low and off beyond +-TILE say no
+   more than +-TILE. */
 typedef struct {
-    int64_t low, off;
-    int lanes;
+    int low, off, lanes;
 } tile_view;
+
+INLINE int within_tile(int64_t x) { return x < -TILE ? -TILE : x > TILE ? TILE : (int)x; }
 
 INLINE tile_view view_of(int64_t off, int64_t window, int rows)
 {
-    return (tile_view){ .off = off, .low = window ? off - window + 1 : INT64_MIN / 2, .lanes = rows > 32 ? 64 : 32 };
+    return (tile_view){ .off = within_tile(off), .low = window ? within_tile(off - window + 1) : -TILE,
+                        .lanes = rows > 32 ? 64 : 32 };
+}
+
+/* v .. v + 15 */
+INLINE __m512i lanes_from(int v)
+{
+    return _mm512_add_epi32(_mm512_set1_epi32(v),
+                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
 /* Lanes v .. v + 15 that see key j. */
 INLINE __mmask16 in_view(const tile_view *view, int v, int j)
 {
-    const int64_t first = j - view->off - v, last = j - view->low - v;
-    const unsigned late = first <= 0 ? 0xffffu : first > 15 ? 0 : 0xffffu << first;
-    const unsigned early = last >= 15 ? 0xffffu : last < 0 ? 0 : 0xffffu >> (15 - last);
-    return (__mmask16)(late & early);
+    const __m512i i = lanes_from(v);
+    return _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(i, _mm512_set1_epi32(j - view->off)), i,
+                                        _mm512_set1_epi32(j - view->low));
+}
+
+/* Lanes v .. v + 15 that see key j where there is no window: query lane i does where i + off >= j. */
+INLINE __mmask16 sees(int v, int64_t j, int64_t off)
+{
+    return _mm512_cmpge_epi32_mask(lanes_from(v), _mm512_set1_epi32(within_tile(j - off)));
 }
 
 /* Blocks of 8 keys, [first, end), that hold all keys which the lanes v .. v + 15 see. */
 INLINE int first_block(const tile_view *view, int v)
 {
-    const int64_t first = v + view->low;
-    return first <= 0 ? 0 : first >= TILE ? TILE / 8 : (int)(first / 8);
+    const int first = v + view->low;
+    return first <= 0 ? 0 : first >= TILE ? TILE / 8 : first / 8;
 }
 INLINE int end_block(const tile_view *view, int v)
 {
-    const int64_t end = v + V16 + view->off;
-    return end >= TILE ? TILE / 8 : end <= 0 ? 0 : (int)((end + 7) / 8);
-}
-
-/* Lanes v .. v + 15 that see key j where there is no window: query lane i does where i + off >= j. */
-INLINE __mmask16 sees(int v, int j, int64_t off)
-{
-    const int64_t first = j - off - v;   /* the first lane that does */
-    return (__mmask16)(first <= 0 ? 0xffff : first > 15 ? 0 : 0xffff << first);
-}
-
-/* Keys of a tile that some of the 32 queries from lane v0 on sees, rounded up to whole blocks of 8, in blocks. */
-INLINE int seen_blocks(int v0, int64_t off)
-{
-    const int64_t seen = v0 + 32 + off;
-    return seen >= TILE ? TILE / 8 : seen <= 0 ? 0 : (int)((seen + 7) / 8);
+    const int end = v + V16 + view->off;
+    return end >= TILE ? TILE / 8 : end <= 0 ? 0 : (end + 7) / 8;
 }
 
 #define HIDDEN (-1e30f)
-
-INLINE void hide(__m512 x[8][2], int v0, int j0, int64_t off)
-{
-    const __m512 hidden = _mm512_set1_ps(HIDDEN);
-    #pragma GCC unroll 8
-    for (int r = 0; r < 8; r++)
-        for (int v = 0; v < 2; v++) x[r][v] = _mm512_mask_blend_ps(sees(v0 + v * V16, j0 + r, off), hidden, x[r][v]);
-}
 
 /* y[l] = sum of x[0 .. l], or of x[l .. 15] */
 INLINE __m512 scan_up(__m512 x)
@@ -291,16 +305,13 @@ INLINE __m512 scan_down(__m512 x)
     return _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_alignr_epi32(zero, _mm512_castps_si512(x), 8)));
 }
 
-/* Lanes of key j whose logit S takes: seen, a real row, not protected. */
-INLINE __mmask16 selects(const sel_attention *a, int v, int j, int64_t col0, int64_t off, int rows)
+/* Lanes v .. v + 15 whose logit of key j S takes: seen, a real row, not protected. */
+INLINE __mmask16 selects(const sel_attention *a, const tile_view *view, int v, int j, int64_t col0, int rows)
 {
+    const __m512i i = lanes_from(v);
     if (a->protect_bos && col0 + j == 0) return 0;
-    const tile_view view = view_of(off, a->window, rows);
-    __mmask16 lanes = in_view(&view, v, j);
-    if (rows < v + V16) lanes &= (__mmask16)(rows <= v ? 0 : 0xffff >> (v + V16 - rows));
-    const int64_t own = j - off - v;
-    if (a->protect_self && own >= 0 && own < V16) lanes &= (__mmask16)~(1u << own);
-    return lanes;
+    const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(in_view(view, v, j), i, _mm512_set1_epi32(rows));
+    return a->protect_self ? _mm512_mask_cmpneq_epi32_mask(seen, i, _mm512_set1_epi32(j - view->off)) : seen;
 }
 
 /* Selection of a tile: from what it is made of, logits [j][TILE], to -F; carry [cols] of its columns moves on past its
@@ -310,23 +321,23 @@ static void select_words(const sel_attention *a, const float *raw, float *NF, fl
 {
     const __m512 zero = _mm512_setzero_ps();
     const bool relu = a->relu, shift = a->shift;
+    const tile_view view = view_of(off, a->window, rows);
     /* keys before `whole` are seen by all rows and are none of them */
     const int64_t whole = rows == lanes && (a->window == 0 || off + TILE <= a->window) ? off : 0;
     for (int j = 0; j < cols; j++) {
         const bool all = j < whole && (col0 + j > 0 || !a->protect_bos);
-        __m512 base = _mm512_set1_ps(carry[j]);
+        __m512 base = _mm512_set1_ps(-carry[j]);
         for (int v = 0; v < lanes; v += V16) {
             __m512 s = _mm512_loadu_ps(raw + j * TILE + v);
             if (relu) s = _mm512_max_ps(s, zero);
-            if (!all) s = _mm512_maskz_mov_ps(selects(a, v, j, col0, off, rows), s);
+            if (!all) s = _mm512_maskz_mov_ps(selects(a, &view, v, j, col0, rows), s);
             const __m512 sum = scan_up(s);
             const __m512 before =
                 _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(sum), _mm512_setzero_si512(), 15));
-            const __m512 f = _mm512_add_ps(shift ? before : sum, base);
-            _mm512_storeu_ps(NF + j * TILE + v, _mm512_sub_ps(zero, f));
-            base = _mm512_add_ps(base, _mm512_permutexvar_ps(_mm512_set1_epi32(15), sum));
+            _mm512_storeu_ps(NF + j * TILE + v, _mm512_sub_ps(base, shift ? before : sum));
+            base = _mm512_sub_ps(base, _mm512_permutexvar_ps(_mm512_set1_epi32(15), sum));
         }
-        carry[j] = _mm512_cvtss_f32(base);
+        carry[j] = -_mm512_cvtss_f32(base);
     }
     for (int j = cols; j < TILE; j++)   /* keys that do not exist */
         for (int v = 0; v < lanes; v += V16) _mm512_storeu_ps(NF + j * TILE + v, _mm512_set1_ps(HIDDEN));

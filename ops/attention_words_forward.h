@@ -55,6 +55,17 @@ typedef struct {
     int64_t k_row, v_row;
 } key_tile;
 
+/* 8 keys and 32 queries (v0 = 1: the upper 16 of them) whose P is taken while the next ones' logits are summed.  For
+   bfloat16, where products are half as long; float32 takes P at once, which costs it no more. */
+typedef struct {
+    float x[8 * 32] __attribute__((aligned(64)));   /* their logits less F */
+    const float *m;
+    word *p;                 /* where P goes */
+    __m512 *sums;            /* [2] grow by P's */
+    int v0, done;            /* pairs of keys and 16 queries that are done, of PAIRS */
+} waiting_block;
+enum { PAIRS = 8 };
+
 /* What a thread works with. */
 typedef struct {
     int64_t dh;
@@ -62,6 +73,7 @@ typedef struct {
     word *p;                 /* P [TILE_WORDS][TILE] */
     float *redo;             /* [TILE][TILE] */
     fetch_queue next;
+    waiting_block wait;
 } tile_room;
 
 /* P of two keys (a row of pairs, for bfloat16), 16 queries. */
@@ -104,13 +116,37 @@ INLINE void hide_unseen(const int v0, __m512 x[8][2], const tile_view *view, int
             x[r][v] = _mm512_mask_blend_ps(in_view(view, lane + v * V16, j0 + r), _mm512_set1_ps(HIDDEN), x[r][v]);
 }
 
-/* P of 8 keys from j0 on for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them.  sums [2] grow by its
-   sums. */
+/* P of a pair of keys from their logits less F. */
+INLINE void exponentiate_pair(__m512 x0, __m512 x1, __m512 c, __m512 m, __m512 *sum, word *P)
+{
+    const __m512 p0 = exp2_ps(_mm512_fmsub_ps(x0, c, m)), p1 = exp2_ps(_mm512_fmsub_ps(x1, c, m));
+    *sum = _mm512_add_ps(*sum, _mm512_add_ps(p0, p1));
+    store_pair(P, p0, p1);
+}
+
+/* P of the next n pairs of keys of the waiting block. */
+INLINE void exponentiate(waiting_block *b, float scale, int n)
+{
+    for (int end = b->done + n < PAIRS ? b->done + n : PAIRS; b->done < end; b->done++) {
+        const int r = b->done / 2 * 2, v = b->done % 2;
+        const float *const x = b->x + r * 32 + v * V16;
+        if (v < b->v0) continue;
+        exponentiate_pair(_mm512_load_ps(x), _mm512_load_ps(x + 32), _mm512_set1_ps(scale),
+                          _mm512_loadu_ps(b->m + v * V16), &b->sums[v], b->p + r / PAIR * TILE + v * V16);
+    }
+}
+
+/* 8 keys from j0 on for the lanes from `lane` on, 32 or with v0 = 1 the upper 16 of them: P at once, or their logits
+   while P of those that wait is taken; then these wait.  sums [2] grow by P's sums. */
 INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const head_rows *rows,
                          const tile_view *view, const float *raw, const float *NF, int lane, int j0, bool start,
                          __m512 sums[2])
 {
-    const __m512 c = _mm512_set1_ps(t->scale);
+    enum { STEP = 8 / PAIR };
+    const int64_t K = t->dh / PAIR;
+    const int each = (int)((PAIRS * STEP + K - 1) / K);
+    const bool now = raw || !WORD_BF16;   /* P at once */
+    waiting_block *const wait = &t->wait;
     __m512 x[8][2];
 
     #pragma GCC unroll 8
@@ -121,7 +157,15 @@ INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const
             x[r][v] = NF ? _mm512_loadu_ps(NF + at) : _mm512_setzero_ps();
             if (raw) x[r][v] = _mm512_add_ps(x[r][v], _mm512_loadu_ps(raw + at));
         }
-    if (!raw) sum_words(v0, t->dh / PAIR, keys->k + j0 * keys->k_row, keys->k_row, 1, rows->q + lane, &t->next, x);
+    const word *A = keys->k + j0 * keys->k_row, *B = rows->q + lane;
+    if (!raw && now) sum_words(v0, K, A, keys->k_row, 1, B, &t->next, x);
+    for (int64_t k = 0; !now && k < K; k += STEP, A += STEP, B += STEP * TILE) {
+        sum_words(v0, STEP, A, keys->k_row, 1, B, &t->next, x);
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++)
+            for (int v = v0; v < 2; v++) HERE(x[r][v]);
+        exponentiate(wait, t->scale, each);
+    }
     if (lane + v0 * V16 + view->off < j0 + 7 || lane + 31 + view->low > j0) hide_unseen(v0, x, view, lane, j0);
     if (start)
         #pragma GCC unroll 2
@@ -129,21 +173,27 @@ INLINE void logits_block(const int v0, tile_room *t, const key_tile *keys, const
             __m512 top = x[0][v];
             #pragma GCC unroll 8
             for (int r = 1; r < 8; r++) top = _mm512_max_ps(top, x[r][v]);
-            _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_mul_ps(c, top));
+            _mm512_storeu_ps(rows->m + lane + v * V16, _mm512_mul_ps(_mm512_set1_ps(t->scale), top));
         }
+    if (now) {
+        word *const P = t->p + j0 / PAIR * TILE + lane;
+        #pragma GCC unroll 4
+        for (int r = 0; r < 8; r += 2)
+            #pragma GCC unroll 2
+            for (int v = v0; v < 2; v++)
+                exponentiate_pair(x[r][v], x[r + 1][v], _mm512_set1_ps(t->scale),
+                                  _mm512_loadu_ps(rows->m + lane + v * V16), &sums[v], P + r / PAIR * TILE + v * V16);
+        return;
+    }
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
         #pragma GCC unroll 2
-        for (int v = v0; v < 2; v++)
-            x[r][v] = _mm512_fmsub_ps(x[r][v], c, _mm512_loadu_ps(rows->m + lane + v * V16));
-    #pragma GCC unroll 4
-    for (int r = 0; r < 8; r += 2)
-        #pragma GCC unroll 2
-        for (int v = v0; v < 2; v++) {
-            const __m512 p0 = exp2_ps(x[r][v]), p1 = exp2_ps(x[r + 1][v]);
-            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(p0, p1));
-            store_pair(t->p + (j0 + r) / PAIR * TILE + lane + v * V16, p0, p1);
-        }
+        for (int v = v0; v < 2; v++) _mm512_store_ps(wait->x + r * 32 + v * V16, x[r][v]);
+    wait->m = rows->m + lane;
+    wait->p = t->p + j0 / PAIR * TILE + lane;
+    wait->sums = sums;
+    wait->v0 = v0;
+    wait->done = 0;
 }
 
 /* O^T [dh][32] (+)= V^T P over the words [w0, w1) of P, for the upper 16 lanes over [w0, w2). */
@@ -209,8 +259,8 @@ static void redo_half(tile_room *t, const key_tile *keys, const head_rows *rows,
 
 /* Softmax and output of one tile of one head.  raw: its logits [j][TILE] where they are known, else NULL; NF: -F in the
    same layout, or NULL where F = 0; start: the rows' first tile. */
-static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *rows, const tile_view *view,
-                        const float *raw, const float *NF, bool start)
+APART void attend_tile(tile_room *t, const key_tile *keys, const head_rows *rows, const tile_view *view,
+                       const float *raw, const float *NF, bool start)
 {
     const __m512 bound = _mm512_set1_ps(0x1p30f);
 
@@ -229,6 +279,7 @@ static void attend_tile(tile_room *t, const key_tile *keys, const head_rows *row
             logits_block(0, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
         for (int jb = both; jb < end; jb++)
             logits_block(1, t, keys, rows, view, raw, NF, lane, jb * 8, start && jb == first, sums);
+        exponentiate(&t->wait, t->scale, PAIRS);
         grown = (_mm512_cmp_ps_mask(sums[0], bound, _CMP_NLT_UQ) |
                  _mm512_cmp_ps_mask(sums[1], bound, _CMP_NLT_UQ)) != 0;
         if (grown) redo_half(t, keys, rows, view, NF, lane, first, end, start, sums);
@@ -392,6 +443,11 @@ static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
         fetch_rows(q, keys.k, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
     } else {
         const int64_t rows = a->i1 - J * TILE < TILE ? a->i1 - J * TILE : TILE;
+        if (WORD_BF16) {   /* and where they will be packed */
+            const key_tile to = keys_of(w, kh, J);
+            fetch_rows(q, to.v, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+            fetch_rows(q, to.k, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+        }
         fetch_rows(q, a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh, a->v_row * 4, rows, bytes);
         fetch_rows(q, a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh, a->k_row * 4, rows, bytes);
     }
@@ -581,7 +637,7 @@ static forward_job new_forward_job(const sel_attention *a, const words_plan *p, 
     float *const scratch = base + p->thread0 + thread * p->thread_size;
     return (forward_job){ .a = a, .p = p, .b = b, .scratch = scratch, .pack = base + p->pack0 + set * p->pack_size,
                           .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)),
-                                    .p = (word *)(scratch + p->p), .redo = scratch + p->redo },
+                                    .p = (word *)(scratch + p->p), .redo = scratch + p->redo, .wait.done = PAIRS },
                           .m_max = -INFINITY, .m_row = INT64_MAX };
 }
 
@@ -635,13 +691,12 @@ static void forward_shared(const sel_attention *a, const words_plan *p, int64_t 
         forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), 0);
         float *const carry = w.scratch + p->carry;
 
-        #pragma omp for schedule(static)
-        for (int64_t J = 0; J < p->columns; J++) pack_keys(&w, 0, a->kv_heads, J);
-        w.packed = true;
-        if (a->selective) {
-            #pragma omp for schedule(dynamic, 1)
-            for (int64_t J = 0; J < p->columns; J++) carry_column(&w, J);
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t J = 0; J < p->columns; J++) {
+            pack_keys(&w, 0, a->kv_heads, J);
+            if (a->selective) carry_column(&w, J);
         }
+        w.packed = true;
         #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < p->groups; k++) {   /* later groups see more keys: the dearest first */
             const int64_t g = p->groups - 1 - k;

@@ -49,11 +49,6 @@ typedef struct {
     fetch_queue next;
 } gradient_room;
 
-/* gcc (12) would take the products to where their sum is needed, past the exponentials: their factors, 80 vectors, then
-   have to be kept in memory. */
-#define HERE(x) __asm__ volatile("" : "+v"(x))
-#define APART    static __attribute__((noinline))   /* inlined in one another they are short of registers, too */
-
 /* acc[r][v] += sum over k in [0, K) of A[r am + k ak] * B[k ldb + 16 v ..] for v0 <= v < v1. */
 INLINE void sum_rows(const int v0, const int v1, int64_t K, const word *A, int64_t am, int64_t ak, const word *B,
                      int64_t ldb, fetch_queue *next, __m512 acc[8][2])
@@ -206,7 +201,7 @@ APART void selection_words(const sel_attention *a, const gradient_tile *t, const
             const __m512 after =
                 _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
             const __m512 ds = _mm512_add_ps(a->shift ? after : sum, _mm512_set1_ps(base));
-            __mmask16 passes = selects(a, v, j, t->col0, t->view.off, t->rows);
+            __mmask16 passes = selects(a, &t->view, v, j, t->col0, t->rows);
             if (a->relu) passes &= _mm512_cmp_ps_mask(_mm512_loadu_ps(L0 + at), zero, _CMP_GT_OQ);
             const __m512 z = _mm512_loadu_ps(Z0 + at);
             _mm512_storeu_ps(Z0 + at, _mm512_mask_add_ps(z, passes, z, ds));
