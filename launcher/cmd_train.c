@@ -201,11 +201,8 @@ int sel_cmd_train(int argc, char **argv)
             usage();
             return SEL_EXIT_DONE;
         }
-    if (argc < 2) {
-        if (sel_options_speaks())
-            fprintf(stderr, "selectra train: CONFIG is missing (usage: selectra train CONFIG [key=value ...])\n");
-        return SEL_EXIT_USER;
-    }
+    if (argc < 2)
+        return sel_options_refuse("selectra train", "CONFIG is missing (usage: selectra train CONFIG [key=value ...])");
     /* Signals also while MPI starts. */
     if (catch_signals() != SEL_OK || sel_comm_open(&c, &argc, &argv) != SEL_OK) {
         fprintf(stderr, "selectra train: %s\n", sel_error());

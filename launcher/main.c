@@ -60,8 +60,6 @@ int main(int argc, char **argv)
         names[i] = commands[i].name;
     }
     const char *near = sel_options_nearest(argv[1], names, COMMANDS);
-    if (sel_options_speaks())
-        fprintf(stderr, "selectra: %s: no such command%s%s%s\n", argv[1], near ? "; did you mean " : "",
-                near ? near : "", near ? "?" : " (selectra --help lists them)");
-    return SEL_EXIT_USER;
+    return sel_options_refuse("selectra", "%s: no such command%s%s%s (selectra --help lists them)", argv[1],
+                              near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
 }

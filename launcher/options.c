@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include "launcher/launcher.h"
 
 enum { WORD = 64 };
@@ -69,16 +70,37 @@ static void usage(const sel_command *c)
     }
 }
 
+/* In one write, so that nothing gets between. */
+static int refuse(const char *command, const char *fmt, va_list args)
+{
+    char line[4096];
+    const struct timespec moment = { .tv_nsec = 500000000 };
+
+    if (!sel_options_speaks()) {
+        nanosleep(&moment, NULL);   /* mpirun ends all when one has failed: the first rank shall have spoken by then */
+        return SEL_EXIT_USER;
+    }
+    vsnprintf(line, sizeof line, fmt, args);
+    fprintf(stderr, "%s: %s\n", command, line);
+    return SEL_EXIT_USER;
+}
+
+int sel_options_refuse(const char *command, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    const int status = refuse(command, fmt, args);
+    va_end(args);
+    return status;
+}
+
 int sel_options_mistake(const sel_command *c, const char *fmt, ...)
 {
     va_list args;
-    if (!sel_options_speaks()) return 2;
-    fprintf(stderr, "%s: ", c->command);
     va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
+    const int status = refuse(c->command, fmt, args);
     va_end(args);
-    fputc('\n', stderr);
-    return 2;
+    return status;
 }
 
 /* Reads text into the option; false, with a message, when it is not what the type wants. */

@@ -41,7 +41,12 @@ sel_parsed sel_options_parse(const sel_command *c, int argc, char **argv, int *n
    that all ranks see is said by the first. */
 bool sel_options_speaks(void);
 
-/* One line on stderr, "COMMAND: ..." (of the first rank); returns exit status 2. */
+/* One line on stderr, "COMMAND: ...", from the first rank; the others give it a moment.  Returns exit status 2.  For
+   mistakes that all ranks find before MPI starts. */
+__attribute__((format(printf, 2, 3)))
+int sel_options_refuse(const char *command, const char *fmt, ...);
+
+/* The same, of a command of this table. */
 __attribute__((format(printf, 2, 3)))
 int sel_options_mistake(const sel_command *c, const char *fmt, ...);
 

@@ -78,7 +78,7 @@ if mpich=$(command -v mpicc.mpich); then
     build "gcc, MPICH" build-test-mpich "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSEL_WERROR=ON \
         -DMPI_C_COMPILER="$mpich" &&
         MPIRUN=mpiexec.mpich run_tests "ranks, MPICH" build-test-mpich \
-            -R '^mpi_(comm|host)|^mpi_reduce[.](np[24]|hosts2[+]2)$|^e2e_ranks$'
+            -R '^mpi_(comm|host)|^mpi_(reduce|sequence)[.](np[24]|hosts2[+]2)$|^e2e_ranks$'
 fi
 
 # MPI's leaks are known by its name in their stacks, for which stacks must be whole: slow, so only where there is MPI.
@@ -89,9 +89,11 @@ if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=
     # Not layers, which looks at symbols and runs nothing, nor ops_memory: it measures memory, and would measure theirs.
     run_tests "sanitizers, one process" build-test-asan --parallel "$(nproc)" -LE 'e2e|mpi' -E '^layers$|^ops_memory$'
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
-    run_tests "sanitizers, ranks" build-test-asan -L mpi -E '^mpi_reduce[.](np[13]|hosts1)'
-    # Left out but with --whole, for the time they take: those that wait for seconds to pass or start many ranks.
-    [ "$whole" ] && later='^$' || later='^e2e_(watchdog|launch|hosts|links|mesh|mesh_hosts|many)$'
-    run_tests "sanitizers, the program" build-test-asan -L e2e -E "$later"
+    # Left out but with --whole, for the time they take: other numbers of ranks, tests that wait for seconds to pass.
+    later_ranks='^mpi_(reduce|sequence)[.](np[13]|hosts1)|^mpi_shared_model$'
+    later_programs='^e2e_(watchdog|launch|hosts|links|mesh|mesh_hosts|many|sequence|dead_keys)$'
+    [ -z "$whole" ] || later_ranks='^$' later_programs='^$'
+    run_tests "sanitizers, ranks" build-test-asan -L mpi -E "$later_ranks"
+    run_tests "sanitizers, the program" build-test-asan -L e2e -E "$later_programs"
 fi
 finish
