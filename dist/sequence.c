@@ -124,10 +124,6 @@ static sel_status make_tables(sel_sequence *q)
     q->hosts = calloc(ranks, sizeof *q->hosts);
     if (!q->counts || !q->sums || !q->gradients || !q->requests || !q->statuses || !q->hosts)
         return sel_fail(SEL_ENOMEM, "no memory for the tables of a sequence group of %zu ranks", ranks);
-    if (q->opt.batch * q->opt.chunks.each * q->opt.width > INT32_MAX)
-        return sel_fail(SEL_EUSER, "the keys of %lld chunks of %lld tokens are too many for one message; a smaller "
-                        "train.micro_batch, or more ranks a sequence, would work", (long long)q->opt.batch,
-                        (long long)q->opt.chunks.each);
     return SEL_OK;
 }
 
@@ -158,6 +154,10 @@ static sel_status make_arrays(sel_sequence *q)
         q->bytes = all / (size_t)ranks;
         return SEL_OK;
     }
+    if (q->opt.batch * q->opt.chunks.each * q->opt.width > INT32_MAX)
+        return sel_fail(SEL_EUSER, "the keys of %lld chunks of %lld tokens are too many for one message; a smaller "
+                        "train.micro_batch, or more ranks a sequence, would work", (long long)q->opt.batch,
+                        (long long)q->opt.chunks.each);
     q->bytes = lay_out(q, NULL, me, false);
     q->alone = sel_alloc(q->bytes, what);
     if ((rc = sel_comm_agree(q->comm, q->alone ? SEL_OK : SEL_ENOMEM)) != SEL_OK) return rc;
@@ -242,13 +242,13 @@ static void arrive(sel_sequence *q)
 /* Window: until all have come to a stage. */
 static void await(sel_sequence *q, uint32_t stage, const char *what)
 {
-    sel_pulse_enter(what);
+    sel_pulse_group(what);
     const double begun = sel_now();
     for (int r = 0; r < q->opt.chunks.ranks; r++)
         for (sel_host_waiter w = {0}; !sel_host_reached(q->counts[r], stage);)
-            sel_host_pause(q->group, &w, q->counts[r], stage, false);
+            sel_host_pause(q->comm, &w, q->counts[r], stage, false);
     waited(q, begun);
-    sel_pulse_leave();
+    sel_pulse_tick();
 }
 
 /* Messages: until all that has been started is done. */
@@ -256,16 +256,16 @@ static void complete(sel_sequence *q, const char *what)
 {
     int done = 0;
 
-    sel_pulse_enter(what);
+    sel_pulse_group(what);
     const double begun = sel_now();
     for (sel_host_waiter w = {0};;) {
-        CK(q->group, MPI_Testall(q->n_requests, q->requests, &done, q->statuses));
+        CK(q->comm, MPI_Testall(q->n_requests, q->requests, &done, q->statuses));
         if (done) break;
-        sel_host_pause(q->group, &w, NULL, 0, true);
+        sel_host_pause(q->comm, &w, NULL, 0, true);
     }
     q->n_requests = 0;
     waited(q, begun);
-    sel_pulse_leave();
+    sel_pulse_tick();
 }
 
 /* `blocks` blocks of `count` floats, `stride` apart, to or from another rank. */
@@ -276,13 +276,13 @@ static void message(sel_sequence *q, bool sends, float *at, int64_t blocks, int6
     MPI_Comm const world = q->group->world;
 
     SEL_ASSERT(q->n_requests < q->most);
-    CK(q->group, MPI_Type_create_hvector((int)blocks, (int)count, (MPI_Aint)(stride * (int64_t)sizeof *at), MPI_FLOAT,
+    CK(q->comm, MPI_Type_create_hvector((int)blocks, (int)count, (MPI_Aint)(stride * (int64_t)sizeof *at), MPI_FLOAT,
                                          &type));
-    CK(q->group, MPI_Type_commit(&type));
+    CK(q->comm, MPI_Type_commit(&type));
     MPI_Request *const r = &q->requests[q->n_requests++];
-    if (sends) CK(q->group, MPI_Isend(at, 1, type, peer, tag, world, r));
-    else CK(q->group, MPI_Irecv(at, 1, type, peer, tag, world, r));
-    CK(q->group, MPI_Type_free(&type));
+    if (sends) CK(q->comm, MPI_Isend(at, 1, type, peer, tag, world, r));
+    else CK(q->comm, MPI_Irecv(at, 1, type, peer, tag, world, r));
+    CK(q->comm, MPI_Type_free(&type));
 }
 
 /* Counts what goes from this rank to those for which `wanted` says so: by the wire, where to other hosts, of which each
@@ -512,11 +512,11 @@ const float *sel_sequence_own_gradients(const sel_sequence *q, int k)
 void sel_sequence_gather(sel_sequence *q, const void *mine, size_t bytes, void *all)
 {
     SEL_ASSERT(bytes <= INT32_MAX);
-    sel_pulse_enter("sequence_gather");
+    sel_pulse_group("sequence_gather");
     const double begun = sel_now();
-    CK(q->group, MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, q->group->world));
+    CK(q->comm, MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, q->group->world));
     waited(q, begun);
-    sel_pulse_leave();
+    sel_pulse_tick();
 }
 
 void sel_sequence_wire(sel_sequence *q, sel_wire *w)

@@ -15,31 +15,39 @@
 #include "launcher/options.h"
 #include "sel_version.h"
 
-/* Signals that ask the run to end are never handled on a stack that computes: they are blocked in every thread, and one
+/* Signals that ask the run to end are not handled on a stack that computes: they are blocked in every thread, and one
    that does nothing else waits for them.  Code that oneDNN 2.6 generates keeps data below the stack pointer, beyond
-   what the ABI protects: the frame of a handler would overwrite it. */
+   what the ABI protects: the frame of a handler would overwrite it.  The handler is for threads that libraries made
+   before main (OpenBLAS built on pthreads): they block nothing, and without it the signal would end the process. */
 static sigset_t requests;
 static _Atomic int signal_seen;
+
+static void note_signal(int number)
+{
+    if (number == SIGINT && signal_seen == SIGINT) _exit(130);   /* a second Ctrl-C does not wait for the save */
+    signal_seen = number;
+}
 
 static void *listen_for_requests(void *unused)
 {
     int number;
 
     (void)unused;
-    for (;;) {
-        if (sigwait(&requests, &number) != 0) continue;
-        if (number == SIGINT && signal_seen == SIGINT) _exit(130);   /* a second Ctrl-C does not wait for the save */
-        signal_seen = number;
-    }
+    for (;;)
+        if (sigwait(&requests, &number) == 0) note_signal(number);
+    return NULL;
 }
 
-/* To any rank: finish the step, save, exit 85.  Before there is another thread. */
+/* To any rank: finish the step, save, exit 85.  Before there is another thread of this program. */
 static sel_status catch_signals(void)
 {
     static const int numbers[] = { SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU };
-    struct sigaction before;
+    struct sigaction a, before;
     pthread_t listener;
 
+    memset(&a, 0, sizeof a);
+    a.sa_handler = note_signal;
+    a.sa_flags = SA_RESTART;
     sigemptyset(&requests);
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
         const bool nohup = numbers[i] == SIGHUP && sigaction(SIGHUP, NULL, &before) == 0 &&
@@ -47,6 +55,8 @@ static sel_status catch_signals(void)
         if (!nohup) sigaddset(&requests, numbers[i]);
     }
     pthread_sigmask(SIG_BLOCK, &requests, NULL);
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        if (sigismember(&requests, numbers[i]) == 1) sigaction(numbers[i], &a, NULL);
     signal(SIGPIPE, SIG_IGN);   /* a reader of our output that goes away must not end the run */
     const int error = pthread_create(&listener, NULL, listen_for_requests, NULL);
     return error ? sel_fail(SEL_EIO, "no thread to listen for signals: %s", strerror(error)) : SEL_OK;

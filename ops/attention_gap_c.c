@@ -43,6 +43,9 @@ static inline four sums_of(const vf x[FOUR])
     return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
 }
 
+/* NaN if one is. */
+static inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+
 enum { MOST_HEADS = 16 };   /* that one thread takes together, as they lie side by side */
 
 /* Four rows from i on, of which the last may stand in for those after it. */
@@ -79,7 +82,7 @@ static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t 
             }
             const four square = sums_of(x);
             for (int r = 0; r < FOUR; r++)
-                if (!(square[r] <= longest[h])) longest[h] = square[r];
+                longest[h] = larger(longest[h], square[r]);
         }
     }
     for (int64_t h = 0; h < heads; h++) longest[h] = sqrtf(longest[h]);
@@ -124,7 +127,7 @@ static float heads_gap(const sel_attention *a, int64_t b, int64_t h0, int64_t h1
                     sure -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1), slack);
                 if (a->protect_bos && on_bos[r] > sure) sure = on_bos[r];
                 const float here = sqrtf(squares[r]) * most - sure;
-                if (!(here <= gap)) gap = here;
+                gap = larger(gap, here);
             }
         }
     }
@@ -142,7 +145,7 @@ static void attention_gap(const sel_attention *a, float *gap)
         const int64_t b = s / parts, h0 = s % parts * each, h1 = h0 + each < a->heads ? h0 + each : a->heads;
         const float here = heads_gap(a, b, h0, h1);
         #pragma omp critical(attention_gap)
-        if (!(here <= gap[b])) gap[b] = here;   /* the largest: the same in any order */
+        gap[b] = larger(gap[b], here);   /* the largest: the same in any order */
     }
 }
 

@@ -6,12 +6,14 @@
 #include <string.h>
 #include <time.h>
 
+#include "core/base/pulse.h"
 #include "core/base/rng.h"
 #include "dist/comm.h"
 #include "dist/sequence.h"
 #include "tests/check.h"
 
 static sel_comm *comm;
+static sel_pulse pulse;
 static int rank, size;
 
 static float number(int64_t kind, int64_t a, int64_t b, int64_t c)
@@ -150,6 +152,8 @@ static void test_all(int64_t each, int64_t batch, int64_t width, sel_cut cut, bo
     if (!q) return;
     const bool windowless = no_window || sel_comm_hosts(comm) > 1;
     CHECK((sel_sequence_note(q)[0] != '\0') == windowless, "note: %s", sel_sequence_note(q));
+    sel_pulse_view before, after;
+    sel_pulse_read(&pulse, &before);
     for (int round = 0; round < 6; round++) {
         const int64_t here = round % 3 == 2 ? 1 : batch;
         test_keys(q, here, width, round);
@@ -161,6 +165,9 @@ static void test_all(int64_t each, int64_t batch, int64_t width, sel_cut cut, bo
     const int mine = rank * rank;
     sel_sequence_gather(q, &mine, sizeof mine, all);
     for (int r = 0; r < size; r++) CHECK(all[r] == r * r, "%d of rank %d", all[r], r);
+    sel_pulse_read(&pulse, &after);
+    CHECK(after.position == before.position && after.marks > before.marks,
+          "a group's exchanges count as the whole job's: ranks of other groups would seem to be behind");
     sel_sequence_free(&q);
     CHECK(!q, "freed");
 }
@@ -173,6 +180,7 @@ int main(int argc, char **argv)
     }
     rank = sel_comm_rank(comm);
     size = sel_comm_size(comm);
+    sel_pulse_move(&pulse);
     for (int way = 0; way < 4; way++) {
         const sel_cut cut = way % 2 ? SEL_CUT_ZIGZAG : SEL_CUT_CONTIGUOUS;
         test_all(1, 1, 1, cut, way / 2);

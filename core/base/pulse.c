@@ -76,6 +76,12 @@ void sel_pulse_leave(void)
     sel_pulse_tick();
 }
 
+void sel_pulse_group(const char *what)
+{
+    set_name(pulse->collective, what);
+    sel_pulse_tick();
+}
+
 void sel_pulse_read(const sel_pulse *p, sel_pulse_view *view)
 {
     view->marks = get(&p->marks);

@@ -42,6 +42,10 @@ void sel_pulse_tick(void);
 void sel_pulse_enter(const char *collective);
 void sel_pulse_leave(void);
 
+/* It waits for some of the ranks only, or has done so: the name alone is marked.  Ranks of different groups may come to
+   this unequally often, so it says nothing about who is behind whom. */
+void sel_pulse_group(const char *what);
+
 void sel_pulse_read(const sel_pulse *p, sel_pulse_view *view);
 
 #endif

@@ -85,6 +85,7 @@ static sel_status validate(sel_trainer *t, pace *p, sel_metrics *row)
     sel_fault("validate", t->step, "");
     SEL_TRY(sel_score_corpus(&job, t->validation, &sum));
     t->profile = steps;
+    sel_trainer_forget_wire(t);
     row->val_loss = sum.loss / (double)sum.tokens;
     row->val_tokens = sum.tokens;
     p->paused += sel_now() - begun;

@@ -52,15 +52,19 @@ sel_status sel_trainer_blame(sel_trainer *t, int64_t step, const sel_step_stats 
 {
     const int rank = sel_comm_rank(t->comm), size = sel_comm_size(t->comm);
     bool loss, gradient;
-    char where[128];
+    char where[128], who[64];
 
     SEL_TRY(sel_trainer_gradient_again(t, step, &loss, &gradient));
     /* The lowest rank wins; of what it has, the loss, which comes first. */
     double blame = !loss || !gradient ? 2.0 * (size - rank) + (loss ? 0.0 : 1.0) : 0.0;
     sel_comm_max_doubles(t->comm, &blame, 1);
-    const int code = (int)blame;
+    const int code = (int)blame, blamed = size - code / 2, group = t->mesh.sequence;
+    if (group > 1)   /* keys are shared: what is not finite on one is so on all at once */
+        snprintf(who, sizeof who, "among ranks %d to %d, which share sequences", blamed / group * group,
+                 blamed / group * group + group - 1);
+    else snprintf(who, sizeof who, "on rank %d", blamed);
     if (code)
-        snprintf(where, sizeof where, "on rank %d, in %s", size - code / 2, code % 2 ? "forward" : "backward");
+        snprintf(where, sizeof where, "%s, in %s", who, code % 2 ? "forward" : "backward");
     else
         snprintf(where, sizeof where, "but computed again it is, on every rank: the sum over the ranks overflows, or a "
                  "machine has erred");

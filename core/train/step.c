@@ -87,7 +87,14 @@ sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, 
     if (local_gradient(t, step, false, sums) != SEL_OK) die(t, "the gradient", step);
     *loss = isfinite(sums[SUM_LOSS]) && isfinite(sums[SUM_MEMORY]);
     *gradient = isfinite(t->ops.sum_squares(t->grads, t->layout->total, t->threads));
+    sel_trainer_forget_wire(t);
     return SEL_OK;
+}
+
+void sel_trainer_forget_wire(sel_trainer *t)
+{
+    sel_wire forgotten;
+    if (t->sequence) sel_sequence_wire(t->sequence, &forgotten);
 }
 
 /* What this rank has moved since the last step: gradients, parameters, and what sequence groups share. */

@@ -82,8 +82,12 @@ sel_status sel_trainer_load(sel_trainer *t, int64_t *resumed_from);
    a line that names the rank, when loss or gradient is not finite.  (step.c) [collective] */
 sel_status sel_trainer_step(sel_trainer *t, bool save_due, sel_step_stats *s);
 
-/* Computes this rank's gradient of a step once more, for itself: is its loss, is its gradient finite?  (step.c) */
+/* [collective in a sequence group] Computes this rank's gradient of a step once more, not summed over the ranks: is its
+   loss, is its gradient finite?  (step.c) */
 sel_status sel_trainer_gradient_again(sel_trainer *t, int64_t step, bool *loss, bool *gradient);
+
+/* What sequence groups have exchanged since the last step was no part of a step: it is not counted.  (step.c) */
+void sel_trainer_forget_wire(sel_trainer *t);
 
 /* Returns SEL_ENUM with a line that says on which rank the step is not finite.  (not_finite.c) [collective] */
 sel_status sel_trainer_blame(sel_trainer *t, int64_t step, const sel_step_stats *s);
