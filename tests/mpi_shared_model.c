@@ -129,7 +129,7 @@ static bool divides(int64_t n, int ranks, sel_cut cut)
 }
 
 /* All sets of switches on short sequences, in all ways that their lengths allow. */
-static void test_switches(sel_ops *ops, sel_linear_engine *engine)
+static void test_switches(sel_ops *ops, sel_linear_engine *engine, bool quick)
 {
     static const struct {
         sel_dims dims;           /* V, N, D, L, H, Hkv, dh, F */
@@ -148,6 +148,7 @@ static void test_switches(sel_ops *ops, sel_linear_engine *engine)
             /* F without relu grows with the rows, and float's rounding with it: on short sequences only */
             const int s = switches_of(c);
             if (shapes[i].dims.N > 100 && switches[s].selective && !switches[s].relu) continue;
+            if (quick && next % 5) continue;
             example e = example_new(&shapes[i].dims, shapes[i].B, shapes[i].dims.N, c, next % 2 ? 0.3 : 0.0,
                                     (uint64_t)next);
             const way w = { .backend = SEL_LINEAR_ONEDNN, .threads = 1, .micro = next % 3 ? 2 : 1, .level = ops->level,
@@ -206,6 +207,7 @@ static void test_long(int64_t n, int c, bool bfloat16, sel_ops *ops, sel_linear_
 
 int main(int argc, char **argv)
 {
+    const bool quick = getenv("SEL_TEST_QUICK") != NULL;   /* a fifth of the cases, shorter sequences */
     sel_linear_engine *engine = NULL, *engine16 = NULL;
     sel_ops ops;
 
@@ -221,13 +223,13 @@ int main(int argc, char **argv)
     }
     sel_ops_init(&ops, sel_cpu_detect());
     CHECK_OK(sel_linear_open(&engine, SEL_LINEAR_ONEDNN, SEL_FLOAT32, 1));
-    test_switches(&ops, engine);
-    test_long(2048, 1, false, &ops, engine);
-    test_long(2046, 1, false, &ops, engine);
-    test_long(1155, SWITCHES, false, &ops, engine);
+    test_switches(&ops, engine, quick);
+    test_long(quick ? 528 : 2048, 1, false, &ops, engine);
+    test_long(quick ? 330 : 2046, 1, false, &ops, engine);
+    test_long(quick ? 165 : 1155, SWITCHES, false, &ops, engine);
     CHECK_OK(sel_linear_open(&engine16, SEL_LINEAR_ONEDNN, SEL_BFLOAT16, 1));
     sel_linear *probe = NULL;
-    if (sel_linear_new(&probe, engine16, 8, 8, true) == SEL_OK) test_long(2040, 1, true, &ops, engine16);
+    if (sel_linear_new(&probe, engine16, 8, 8, true) == SEL_OK) test_long(quick ? 480 : 2040, 1, true, &ops, engine16);
     sel_linear_free(&probe);
     sel_linear_close(&engine);
     sel_linear_close(&engine16);
