@@ -18,6 +18,12 @@
 #include "ops/attention_words_places.h"
 #include "ops/levels.h"
 
+/* Few products leave much of what comes next to be asked for after them. */
+static void fetch_rest(fetch_queue *q)
+{
+    while (q->n) fetch_some(q);
+}
+
 /* ---- forward ---- */
 
 static row_tile live_row_tile(const forward_job *w, int64_t I)
@@ -87,7 +93,9 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_places *l, c
                 }
                 attend_tile(&w->room, &o, &rows, &view, h == 0 ? raw : NULL, NF, col0 == 0);
             }
-            if (end == count) finish_rows(w, &t, h);
+            if (end < count) continue;
+            fetch_rest(&w->room.next);
+            finish_rows(w, &t, h);
         }
     for (int i = 0; i < t.rows; i++) {
         const double needed = (double)(t.row0 + i + 1 - dead) - rowsum[i];
@@ -350,9 +358,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     }
 }
 
-/* Asks for a head's rows of row tile I, which are to be packed, and then for the places of the gradients of its keys,
-   and the keys that the group before brings. */
-static void fetch_live_rows(backward_job *w, int64_t h, int64_t I, bool last)
+/* Asks for a head's rows of row tile I, which are to be packed, and for the places of its keys' gradients. */
+static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
     const sel_attention_grad *g = w->g;
@@ -363,25 +370,43 @@ static void fetch_live_rows(backward_job *w, int64_t h, int64_t I, bool last)
     if (h % (a->heads / a->kv_heads) == 0) {
         fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
         fetch_rows(q, g->dv + w->b * g->dv_seq + j0 * g->dv_row + kh * a->dh, g->dv_row * 4, real, width);
-        if (last && I > 0) {
-            const int64_t j = j0 - height;
-            fetch_rows(q, a->v + w->b * a->v_seq + j * a->v_row + kh * a->dh, a->v_row * 4, height, width);
-            fetch_rows(q, a->k + w->b * a->k_seq + j * a->k_row + kh * a->dh, a->k_row * 4, height, width);
-        }
     }
     fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, real, width);
 }
 
-/* The row tiles of a group against its list, or a thread's part of it. */
+/* The keys of the group before that have no place yet: how many, listed at `coming`. */
+static int64_t find_coming(const live_places *l, const live_list *before, int32_t *coming)
+{
+    int64_t n = 0;
+    for (int64_t s = 0; before && s < before->count; s++)
+        if (l->where[before->keys[s]] == NOWHERE) coming[n++] = before->keys[s];
+    return n;
+}
+
+/* Asks for the rows of keys [i0, i1) of those, all heads. */
+static void fetch_coming(backward_job *w, const int32_t *coming, int64_t i0, int64_t i1)
+{
+    const sel_attention *a = w->a;
+    const int64_t bytes = a->kv_heads * a->dh * 4;
+
+    for (int64_t i = i0; i < i1; i++) {
+        fetch_block(&w->room.next, a->k + w->b * a->k_seq + coming[i] * a->k_row, bytes);
+        fetch_block(&w->room.next, a->v + w->b * a->v_seq + coming[i] * a->v_row, bytes);
+    }
+}
+
+/* The row tiles of a group against its list, or a thread's part of it; before: the list that comes next, or NULL. */
 static void backward_group_live(backward_job *w, int64_t group, const live_places *places, const live_list *live,
-                                float *dcarry)
+                                const live_list *before, float *dcarry)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t I0 = group * p->group, I1 = least(I0 + p->group, p->tiles), head = TILE * a->dh;
     const int64_t tiles = (live->count + TILE - 1) / TILE;
+    int32_t *const coming = (int32_t *)(void *)(w->scratch + p->coming);
+    const int64_t n_coming = find_coming(places, before, coming);
 
     for (int64_t I = I0; I < I1; I++) {
         if (!w->shared) pack_rows_at(w, 0, I, place_of(w, I));
@@ -399,9 +424,11 @@ static void backward_group_live(backward_job *w, int64_t group, const live_place
             for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
                 const int64_t h = n % a->heads, next = (n + 1) % a->heads;
                 w->room.next.n = 0;
-                if (u.opens && !w->shared && next) fetch_live_rows(w, next, I, I == I0);
-                else if (u.opens && !w->shared && I > 0) fetch_live_rows(w, 0, I - 1, false);
+                if (u.opens && I == I0) fetch_coming(w, coming, (n - 1) * n_coming / a->heads, n * n_coming / a->heads);
+                if (u.opens && !w->shared && next) fetch_live_rows(w, next, I);
+                else if (u.opens && !w->shared && I > 0) fetch_live_rows(w, 0, I - 1);
                 live_head(w, &u, I, h);
+                fetch_rest(&w->room.next);
             }
             if (attention_bilinear(a)) live_selection(w, &u, I);
         }
@@ -442,7 +469,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     }
     for (int64_t k = p->groups - 1; k >= 0; k--) {
         hold_gradients(&places, g, k + 1 < p->groups ? &lists[k + 1] : NULL, &lists[k]);
-        backward_group_live(w, k, &places, &lists[k], dcarry);
+        backward_group_live(w, k, &places, &lists[k], k ? &lists[k - 1] : NULL, dcarry);
     }
     release_gradients(&places, g, &lists[0], 0);
     for (int64_t j = 0; j < a->i0; j++)   /* that were dead before the first row */

@@ -72,7 +72,8 @@ typedef struct {
     int64_t high;              /* places below it have been written */
     bool gradients;
     int32_t *held;             /* [places]: the key there, or NOBODY */
-    int32_t *where;            /* backward, [i1]: the place of a key, or NOWHERE, or LEFT: its gradients are stored */
+    int32_t *where;            /* [i1]: the place of a key, or NOWHERE; forward: its last one, perhaps another's since;
+                                  backward: or LEFT: its gradients are stored */
     word *k;                   /* [kv_heads][places][dh / PAIR] */
     word *v;                   /* backward: the same; forward by pairs of places: [kv_heads][places / PAIR][dh] */
     word *pairs;               /* backward: k by pairs of places; float32: k */
@@ -92,7 +93,7 @@ static live_places new_places(const sel_attention *a, const words_plan *p, int64
                       .dv = scratch + p->live_dv, .dsel_k = scratch + p->live_dsel_k };
     l.pairs = WORD_BF16 ? (word *)(scratch + p->live_pairs) : l.k;
     l.sel_pairs = WORD_BF16 ? (word *)(scratch + p->live_sel_pairs) : l.sel_k;
-    for (int64_t j = 0; gradients && j < a->i1; j++) l.where[j] = NOWHERE;
+    for (int64_t j = 0; j < a->i1; j++) l.where[j] = NOWHERE;
     return l;
 }
 
@@ -165,7 +166,48 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
         put_rows(l->sel_k, l->gradients ? l->sel_pairs : NULL, s, x + keys[0] * a->sel_k_row,
                  n == 2 ? x + keys[1] * a->sel_k_row : NULL, dh);
     }
-    for (int i = 0; i < n; i++) l->held[s + i] = keys[i];
+    for (int i = 0; i < n; i++) {
+        l->held[s + i] = keys[i];
+        l->where[keys[i]] = (int32_t)(s + i);
+    }
+}
+
+/* One place of an array by pairs, n values a place, to another. */
+INLINE void move_pair(word *x, int64_t to, int64_t from, int64_t n)
+{
+#if WORD_BF16
+    const word *const old = x + from / 2 * n;
+    word *const now = x + to / 2 * n;
+    for (int64_t d = 0; d < n; d += V16) {
+        __m512i w = _mm512_loadu_si512(old + d);
+        if (from % 2 != to % 2) w = _mm512_rol_epi32(w, 16);
+        _mm512_storeu_si512(now + d, _mm512_mask_blend_epi16(to % 2 ? 0xaaaaaaaa : 0x55555555,
+                                                             _mm512_loadu_si512(now + d), w));
+    }
+#else
+    memcpy(x + to * n, x + from * n, (size_t)n * sizeof *x);
+#endif
+}
+
+INLINE void move_rows(word *rows, word *pairs, int64_t to, int64_t from, int64_t n)
+{
+    if (rows) memcpy(rows + to * n / PAIR, rows + from * n / PAIR, (size_t)(n / PAIR) * sizeof *rows);
+    if (pairs && (WORD_BF16 || !rows)) move_pair(pairs, to, from, n);
+}
+
+/* A key's operands from one place to another: its rows may have left the cache long ago. */
+static void move_key(live_places *l, int64_t to, int64_t from)
+{
+    const int64_t dh = l->a->dh;
+
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
+        const int64_t at = kh * l->places * dh / PAIR;
+        move_rows(l->k + at, l->gradients ? l->pairs + at : NULL, to, from, dh);
+        move_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, to, from, dh);
+    }
+    if (attention_bilinear(l->a)) move_rows(l->sel_k, l->gradients ? l->sel_pairs : NULL, to, from, dh);
+    l->held[to] = l->held[from];
+    l->where[l->held[to]] = (int32_t)to;
 }
 
 /* Places up to the end of the tile of the last one hold something: numbers, if nobody. */
@@ -193,7 +235,12 @@ static void hold_keys(live_places *l, const live_list *list)
 {
     open_places(l, list->count);
     for (int64_t s = 0; s < list->count; s++) {
+        const int64_t from = l->where[list->keys[s]];
         if (l->held[s] == list->keys[s]) continue;
+        if (from != NOWHERE && l->held[from] == list->keys[s]) {
+            move_key(l, s, from);
+            continue;
+        }
         const bool two = s % 2 == 0 && s + 1 < list->count && l->held[s + 1] != list->keys[s + 1];
         put_keys(l, s, list->keys + s, two ? 2 : 1);
         s += two;
@@ -270,20 +317,16 @@ static void hold_gradients(live_places *l, const sel_attention_grad *g, const li
     for (int64_t s = after ? after->old : 0; s < list->count; s++) {
         const int64_t from = l->where[list->keys[s]];
         if (l->held[s] == list->keys[s] || from == NOWHERE) continue;
-        put_keys(l, s, list->keys + s, 1);
+        move_key(l, s, from);
         start_sums(l, s, from);
-        l->where[list->keys[s]] = (int32_t)s;
         l->held[from] = NOBODY;
     }
     for (int64_t s = 0; s < list->count; s++) {
         if (l->held[s] == list->keys[s]) continue;
         const bool two = s % 2 == 0 && s + 1 < list->count && l->held[s + 1] != list->keys[s + 1];
         put_keys(l, s, list->keys + s, two ? 2 : 1);
-        for (int64_t end = s + two; ; s++) {
-            start_sums(l, s, NOWHERE);
-            l->where[list->keys[s]] = (int32_t)s;
-            if (s == end) break;
-        }
+        start_sums(l, s, NOWHERE);
+        if (two) start_sums(l, ++s, NOWHERE);
     }
 }
 
