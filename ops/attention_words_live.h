@@ -214,7 +214,7 @@ static void forward_live(const sel_attention *a)
     const words_plan p = sel_attention_words_plan(a, false);
     const int64_t whole = attention_whole(a);
 
-    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1)   /* few keys live in some */
     for (int64_t b = 0; b < whole; b++) {
         forward_job w = new_forward_job(a, &p, b, omp_get_thread_num(), omp_get_thread_num());
         sel_attention_find_dead_avx512(a, b, 1);
@@ -358,8 +358,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     }
 }
 
-/* Asks for a head's rows of row tile I, which are to be packed, and for the places of its keys' gradients. */
-static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
+/* Asks for the places that a head's gradients of row tile I go to. */
+static void fetch_live_gradients(backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
     const sel_attention_grad *g = w->g;
@@ -367,10 +367,20 @@ static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
                   kh = h * a->kv_heads / a->heads, j0 = a->i0 + I * height;
     fetch_queue *const q = &w->room.next;
 
-    if (h % (a->heads / a->kv_heads) == 0) {
-        fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
-        fetch_rows(q, g->dv + w->b * g->dv_seq + j0 * g->dv_row + kh * a->dh, g->dv_row * 4, real, width);
-    }
+    fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, real, width);
+    if (h % (a->heads / a->kv_heads)) return;
+    fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
+    fetch_rows(q, g->dv + w->b * g->dv_seq + j0 * g->dv_row + kh * a->dh, g->dv_row * 4, real, width);
+}
+
+/* Asks for a head's rows of row tile I, which are to be packed. */
+static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
+{
+    const sel_attention *a = w->a;
+    const int64_t height = w->p->height, real = least(w->p->rows - I * height, height), width = a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    fetch_block(q, a->lse + (w->b * a->heads + h) * w->p->rows + I * height, real * 4 < CHUNK ? CHUNK : real * 4);
     fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, real, width);
@@ -422,11 +432,11 @@ static void backward_group_live(backward_job *w, int64_t group, const live_place
         for (int64_t c = 0; c < u.count; c++) rebuild_live(w, &u, c);
         for (int64_t I = I1 - 1; I >= I0; I--) {
             for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
-                const int64_t h = n % a->heads, next = (n + 1) % a->heads;
+                const int64_t h = n % a->heads, next = (n + 1) % a->heads, after = n + 1 < a->heads ? I : I - 1;
                 w->room.next.n = 0;
+                if (u.opens && !w->shared) fetch_live_gradients(w, h, I);
                 if (u.opens && I == I0) fetch_coming(w, coming, (n - 1) * n_coming / a->heads, n * n_coming / a->heads);
-                if (u.opens && !w->shared && next) fetch_live_rows(w, next, I);
-                else if (u.opens && !w->shared && I > 0) fetch_live_rows(w, 0, I - 1);
+                if (u.opens && !w->shared && after >= 0) fetch_live_rows(w, next, after);
                 live_head(w, &u, I, h);
                 fetch_rest(&w->room.next);
             }
@@ -491,7 +501,7 @@ static void backward_live(const sel_attention *a, const sel_attention_grad *g)
     const words_plan p = sel_attention_words_plan(a, true);
     const int64_t whole = attention_whole(a);
 
-    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1)   /* few keys live in some */
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
         backward_sequence_live(&w, 0, 1);
