@@ -342,7 +342,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + u->group) * a->i1;
     const int32_t *const keys = u->live->keys + tile * TILE;
     const int most = live_tile(w, u->live, I1 - 1, tile, 0).cols;
-    const word *const k = (attention_bilinear(a) ? u->places->sel_k : u->places->k) + tile * TILE * kw;
+    const word *const k = attention_bilinear(a) ? places_selecting(u->places, tile * TILE).k
+                                                : places_backward(u->places, 0, tile * TILE).k;
     float carry[TILE];
 
     for (int j = 0; j < most; j++) carry[j] = saved[keys[j]];

@@ -74,11 +74,12 @@ typedef struct {
     int32_t *held;             /* [places]: the key there, or NOBODY */
     int32_t *where;            /* [i1]: the place of a key, or NOWHERE; forward: its last one, perhaps another's since;
                                   backward: or LEFT: its gradients are stored */
-    word *k;                   /* [kv_heads][places][dh / PAIR] */
-    word *v;                   /* backward: the same; forward by pairs of places: [kv_heads][places / PAIR][dh] */
+    /* By tiles of places: what is in use lies together, not in the same sets of the caches for each head. */
+    word *k;                   /* [places / TILE][kv_heads][TILE][dh / PAIR] */
+    word *v;                   /* backward: the same; forward by pairs of places: [..][kv_heads][TILE_WORDS][dh] */
     word *pairs;               /* backward: k by pairs of places; float32: k */
     word *sel_k, *sel_pairs;   /* the same of sel_k */
-    float *dk, *dv, *dsel_k;   /* backward: [kv_heads][places][dh] */
+    float *dk, *dv, *dsel_k;   /* backward: [places / TILE][kv_heads][TILE][dh] */
 } live_places;
 
 enum { NOBODY = -1, NOWHERE = -1, LEFT = -2 };
@@ -97,15 +98,21 @@ static live_places new_places(const sel_attention *a, const words_plan *p, int64
     return l;
 }
 
+/* Where the tile of a kv-head that place s is in lies, in values. */
+static int64_t tile_at(const live_places *l, int64_t kh, int64_t s)
+{
+    return (s / TILE * l->a->kv_heads + kh) * TILE * l->a->dh;
+}
+
 /* Tile of a kv-head from the place col0 on. */
 static key_tile places_forward(const live_places *l, int64_t kh, int64_t col0)
 {
-    const int64_t dh = l->a->dh, at = (kh * l->places + col0) * dh / PAIR;
+    const int64_t dh = l->a->dh, at = tile_at(l, kh, col0) / PAIR;
     return (key_tile){ .k = l->k + at, .v = l->v + at, .k_row = dh / PAIR, .v_row = dh };
 }
 static gradient_keys places_backward(const live_places *l, int64_t kh, int64_t col0)
 {
-    const int64_t dh = l->a->dh, at = (kh * l->places + col0) * dh;
+    const int64_t at = tile_at(l, kh, col0);
     return (gradient_keys){ .k = l->k + at / PAIR, .v = l->v + at / PAIR, .pairs = l->pairs + at / PAIR,
                             .dk = l->dk + at, .dv = l->dv + at };
 }
@@ -156,9 +163,9 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
     const float *const v = a->v + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + on * a->v_row;
 
     for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        const int64_t at = kh * l->places * dh / PAIR, d = kh * dh;
-        put_rows(l->k + at, l->gradients ? l->pairs + at : NULL, s, k + d, n == 2 ? k1 + d : NULL, dh);
-        put_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, s, v + d, n == 2 ? v1 + d : NULL,
+        const int64_t at = tile_at(l, kh, s) / PAIR, in = s % TILE, d = kh * dh;
+        put_rows(l->k + at, l->gradients ? l->pairs + at : NULL, in, k + d, n == 2 ? k1 + d : NULL, dh);
+        put_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, in, v + d, n == 2 ? v1 + d : NULL,
                  dh);
     }
     if (attention_bilinear(a)) {
@@ -172,27 +179,24 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
     }
 }
 
-/* One place of an array by pairs, n values a place, to another. */
-INLINE void move_pair(word *x, int64_t to, int64_t from, int64_t n)
+/* Place `from` of a tile to place `to` of another, by row and by pairs, as put_rows; n values a place. */
+INLINE void move_row(word *x, const word *old, int64_t to, int64_t from, int64_t n)
+{
+    memcpy(x + to * n / PAIR, old + from * n / PAIR, (size_t)(n / PAIR) * sizeof *x);
+}
+INLINE void move_pair(word *x, const word *old, int64_t to, int64_t from, int64_t n)
 {
 #if WORD_BF16
-    const word *const old = x + from / 2 * n;
     word *const now = x + to / 2 * n;
     for (int64_t d = 0; d < n; d += V16) {
-        __m512i w = _mm512_loadu_si512(old + d);
+        __m512i w = _mm512_loadu_si512(old + from / 2 * n + d);
         if (from % 2 != to % 2) w = _mm512_rol_epi32(w, 16);
         _mm512_storeu_si512(now + d, _mm512_mask_blend_epi16(to % 2 ? 0xaaaaaaaa : 0x55555555,
                                                              _mm512_loadu_si512(now + d), w));
     }
 #else
-    memcpy(x + to * n, x + from * n, (size_t)n * sizeof *x);
+    move_row(x, old, to, from, n);
 #endif
-}
-
-INLINE void move_rows(word *rows, word *pairs, int64_t to, int64_t from, int64_t n)
-{
-    if (rows) memcpy(rows + to * n / PAIR, rows + from * n / PAIR, (size_t)(n / PAIR) * sizeof *rows);
-    if (pairs && (WORD_BF16 || !rows)) move_pair(pairs, to, from, n);
 }
 
 /* A key's operands from one place to another: its rows may have left the cache long ago. */
@@ -201,11 +205,16 @@ static void move_key(live_places *l, int64_t to, int64_t from)
     const int64_t dh = l->a->dh;
 
     for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
-        const int64_t at = kh * l->places * dh / PAIR;
-        move_rows(l->k + at, l->gradients ? l->pairs + at : NULL, to, from, dh);
-        move_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, to, from, dh);
+        const int64_t at = tile_at(l, kh, to) / PAIR, old = tile_at(l, kh, from) / PAIR;
+        move_row(l->k + at, l->k + old, to % TILE, from % TILE, dh);
+        if (l->gradients) move_row(l->v + at, l->v + old, to % TILE, from % TILE, dh);
+        else move_pair(l->v + at, l->v + old, to % TILE, from % TILE, dh);
+        if (WORD_BF16 && l->gradients) move_pair(l->pairs + at, l->pairs + old, to % TILE, from % TILE, dh);
     }
-    if (attention_bilinear(l->a)) move_rows(l->sel_k, l->gradients ? l->sel_pairs : NULL, to, from, dh);
+    if (attention_bilinear(l->a)) {
+        move_row(l->sel_k, l->sel_k, to, from, dh);
+        if (WORD_BF16 && l->gradients) move_pair(l->sel_pairs, l->sel_pairs, to, from, dh);
+    }
     l->held[to] = l->held[from];
     l->where[l->held[to]] = (int32_t)to;
 }
@@ -216,12 +225,11 @@ static void open_places(live_places *l, int64_t count)
     const sel_attention *a = l->a;
     const int64_t end = (count + TILE - 1) / TILE * TILE, n = a->dh / PAIR, bytes = (end - l->high) * n * 4;
     if (end <= l->high) return;
-    for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        const int64_t at = (kh * l->places + l->high) * n;
-        memset(l->k + at, 0, (size_t)bytes);
-        memset(l->v + at, 0, (size_t)bytes);
-        if (WORD_BF16 && l->gradients) memset(l->pairs + at, 0, (size_t)bytes);
-    }
+    const int64_t at = l->high * a->kv_heads * n;
+    const size_t all = (size_t)(bytes * a->kv_heads);
+    memset(l->k + at, 0, all);
+    memset(l->v + at, 0, all);
+    if (WORD_BF16 && l->gradients) memset(l->pairs + at, 0, all);
     if (attention_bilinear(a)) {
         memset(l->sel_k + l->high * n, 0, (size_t)bytes);
         if (WORD_BF16 && l->gradients) memset(l->sel_pairs + l->high * n, 0, (size_t)bytes);
@@ -265,7 +273,7 @@ static void release_gradients(live_places *l, const sel_attention_grad *g, const
     for (int64_t s = s0; s < list->count; s++) {
         const int64_t j = list->keys[s];
         for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-            const int64_t at = (kh * l->places + s) * dh;
+            const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
             scale_row(g->dk + l->b * g->dk_seq + j * g->dk_row + kh * dh, l->dk + at, scale, dh);
             scale_row(g->dv + l->b * g->dv_seq + j * g->dv_row + kh * dh, l->dv + at, 1.0f, dh);
         }
@@ -294,13 +302,14 @@ static void start_sums(live_places *l, int64_t s, int64_t from)
     const int64_t dh = a->dh;
     const size_t bytes = (size_t)dh * sizeof(float);
     for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        float *const dk = l->dk + kh * l->places * dh, *const dv = l->dv + kh * l->places * dh;
+        const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
         if (from == NOWHERE) {
-            memset(dk + s * dh, 0, bytes);
-            memset(dv + s * dh, 0, bytes);
+            memset(l->dk + at, 0, bytes);
+            memset(l->dv + at, 0, bytes);
         } else {
-            memcpy(dk + s * dh, dk + from * dh, bytes);
-            memcpy(dv + s * dh, dv + from * dh, bytes);
+            const int64_t old = tile_at(l, kh, from) + from % TILE * dh;
+            memcpy(l->dk + at, l->dk + old, bytes);
+            memcpy(l->dv + at, l->dv + old, bytes);
         }
     }
     if (!attention_bilinear(a)) return;
