@@ -387,6 +387,23 @@ static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
     fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, real, width);
 }
 
+/* Asks for what head h needs of the keys of those tiles: where more places are in use than a cache holds. */
+static void fetch_live_keys(backward_job *w, const live_tiles *u, int64_t h)
+{
+    const sel_attention *a = w->a;
+    const int64_t words = TILE * a->dh * 4 / PAIR, sums = TILE * a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    for (int64_t c = u->count - 1; c >= 0; c--) {
+        const gradient_keys keys = places_backward(u->places, h * a->kv_heads / a->heads, (u->first + c) * TILE);
+        if (WORD_BF16) fetch_block(q, keys.pairs, words);
+        fetch_block(q, keys.dk, sums);
+        fetch_block(q, keys.dv, sums);
+        fetch_block(q, keys.v, words);
+        fetch_block(q, keys.k, words);
+    }
+}
+
 /* The keys of the group before that have no place yet: how many, listed at `coming`. */
 static int64_t find_coming(const live_places *l, const live_list *before, int32_t *coming)
 {
@@ -408,6 +425,8 @@ static void fetch_coming(backward_job *w, const int32_t *coming, int64_t i0, int
     }
 }
 
+enum { CACHED = 1 << 22 };   /* bytes of keys that a core finds in cache again, in time, from row tile to row tile */
+
 /* The row tiles of a group against its list, or a thread's part of it; before: the list that comes next, or NULL. */
 static void backward_group_live(backward_job *w, int64_t group, const live_places *places, const live_list *live,
                                 const live_list *before, float *dcarry)
@@ -418,6 +437,7 @@ static void backward_group_live(backward_job *w, int64_t group, const live_place
     const int64_t tiles = (live->count + TILE - 1) / TILE;
     int32_t *const coming = (int32_t *)(void *)(w->scratch + p->coming);
     const int64_t n_coming = find_coming(places, before, coming);
+    const bool many = tiles * TILE * a->kv_heads * a->dh * 4 * (WORD_BF16 ? 7 : 8) / 2 > CACHED;
 
     for (int64_t I = I0; I < I1; I++) {
         if (!w->shared) pack_rows_at(w, 0, I, place_of(w, I));
@@ -435,6 +455,7 @@ static void backward_group_live(backward_job *w, int64_t group, const live_place
             for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
                 const int64_t h = n % a->heads, next = (n + 1) % a->heads, after = n + 1 < a->heads ? I : I - 1;
                 w->room.next.n = 0;
+                if (many && n < a->heads) fetch_live_keys(w, &u, next);
                 if (u.opens && !w->shared) fetch_live_gradients(w, h, I);
                 if (u.opens && I == I0) fetch_coming(w, coming, (n - 1) * n_coming / a->heads, n * n_coming / a->heads);
                 if (u.opens && !w->shared && after >= 0) fetch_live_rows(w, next, after);

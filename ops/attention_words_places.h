@@ -182,7 +182,9 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
 /* Place `from` of a tile to place `to` of another, by row and by pairs, as put_rows; n values a place. */
 INLINE void move_row(word *x, const word *old, int64_t to, int64_t from, int64_t n)
 {
-    memcpy(x + to * n / PAIR, old + from * n / PAIR, (size_t)(n / PAIR) * sizeof *x);
+    for (int64_t i = 0; i < n / PAIR; i += 8)
+        _mm256_storeu_si256((__m256i *)(void *)(x + to * n / PAIR + i),
+                            _mm256_loadu_si256((const __m256i *)(const void *)(old + from * n / PAIR + i)));
 }
 INLINE void move_pair(word *x, const word *old, int64_t to, int64_t from, int64_t n)
 {
@@ -295,26 +297,33 @@ static void clear_gradients(const live_places *l, const sel_attention_grad *g, i
         memset(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, 0, (size_t)a->dh * sizeof(float));
 }
 
-/* The sums at place s: those of place `from`, or where that is NOWHERE zero. */
-static void start_sums(live_places *l, int64_t s, int64_t from)
+INLINE void clear_row(float *to, int64_t n)
 {
-    const sel_attention *a = l->a;
-    const int64_t dh = a->dh;
-    const size_t bytes = (size_t)dh * sizeof(float);
-    for (int64_t kh = 0; kh < a->kv_heads; kh++) {
+    for (int64_t d = 0; d < n; d += V16) _mm512_storeu_ps(to + d, _mm512_setzero_ps());
+}
+
+/* The sums at place s: zero. */
+static void start_sums(live_places *l, int64_t s)
+{
+    const int64_t dh = l->a->dh;
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
         const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
-        if (from == NOWHERE) {
-            memset(l->dk + at, 0, bytes);
-            memset(l->dv + at, 0, bytes);
-        } else {
-            const int64_t old = tile_at(l, kh, from) + from % TILE * dh;
-            memcpy(l->dk + at, l->dk + old, bytes);
-            memcpy(l->dv + at, l->dv + old, bytes);
-        }
+        clear_row(l->dk + at, dh);
+        clear_row(l->dv + at, dh);
     }
-    if (!attention_bilinear(a)) return;
-    if (from == NOWHERE) memset(l->dsel_k + s * dh, 0, bytes);
-    else memcpy(l->dsel_k + s * dh, l->dsel_k + from * dh, bytes);
+    if (attention_bilinear(l->a)) clear_row(l->dsel_k + s * dh, dh);
+}
+
+/* Those of place `from`. */
+static void move_sums(live_places *l, int64_t s, int64_t from)
+{
+    const int64_t dh = l->a->dh;
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
+        const int64_t at = tile_at(l, kh, s) + s % TILE * dh, old = tile_at(l, kh, from) + from % TILE * dh;
+        scale_row(l->dk + at, l->dk + old, 1.0f, dh);
+        scale_row(l->dv + at, l->dv + old, 1.0f, dh);
+    }
+    if (attention_bilinear(l->a)) scale_row(l->dsel_k + s * dh, l->dsel_k + from * dh, 1.0f, dh);
 }
 
 /* From the list of the group after (NULL: none) to a group's: what the later group's own keys gathered is stored; then
@@ -327,15 +336,15 @@ static void hold_gradients(live_places *l, const sel_attention_grad *g, const li
         const int64_t from = l->where[list->keys[s]];
         if (l->held[s] == list->keys[s] || from == NOWHERE) continue;
         move_key(l, s, from);
-        start_sums(l, s, from);
+        move_sums(l, s, from);
         l->held[from] = NOBODY;
     }
     for (int64_t s = 0; s < list->count; s++) {
         if (l->held[s] == list->keys[s]) continue;
         const bool two = s % 2 == 0 && s + 1 < list->count && l->held[s + 1] != list->keys[s + 1];
         put_keys(l, s, list->keys + s, two ? 2 : 1);
-        start_sums(l, s, NOWHERE);
-        if (two) start_sums(l, ++s, NOWHERE);
+        start_sums(l, s);
+        if (two) start_sums(l, ++s);
     }
 }
 
