@@ -304,7 +304,23 @@ typedef struct {
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
     double live;              /* pairs of a row and a live key so far */
+    bool around;              /* out goes around the caches */
 } forward_job;
+
+/* Dead keys: whether results whose rows begin at x, so many floats apart, are to go around the caches, which do not
+   keep all of them until they are read: a line that is stored in part would be read first. */
+static bool goes_around(const sel_attention *a, const float *x, int64_t seq, int64_t row)
+{
+    enum { KEPT = 1 << 22, LINE = 64 };   /* bytes */
+    return a->B * (a->i1 - a->i0) * a->heads * a->dh * 4 >= KEPT && (uintptr_t)x % LINE == 0 &&
+           seq * 4 % LINE == 0 && row * 4 % LINE == 0;
+}
+
+INLINE void store_result(float *at, __m512 x, bool around)
+{
+    if (around) _mm512_stream_ps(at, x);
+    else _mm512_storeu_ps(at, x);
+}
 
 /* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
 static bool in_pack(const forward_job *w, int64_t J) { return WORD_BF16 || (J + 1) * TILE > w->a->i1; }
@@ -525,7 +541,7 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             transpose_registers(x);
             #pragma GCC unroll 16
             for (int i = 0; i < 16; i++)
-                if (i < n) _mm512_storeu_si512(out + (i0 + i) * a->out_row + d, x[i]);
+                if (i < n) store_result(out + (i0 + i) * a->out_row + d, _mm512_castsi512_ps(x[i]), w->around);
         }
     }
 }

@@ -46,7 +46,7 @@ static void fetch_live(forward_job *w, const row_tile *t, const row_tile *next, 
         fetch_rows(q, a->v + w->b * a->v_seq + next->row0 * a->v_row + kh * a->dh, a->v_row * 4, next->rows, width);
         fetch_rows(q, a->k + w->b * a->k_seq + next->row0 * a->k_row + kh * a->dh, a->k_row * 4, next->rows, width);
     }
-    fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, width);
+    if (!w->around) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, width);
     if (h + 1 < a->heads) fetch_rows(q, q_of(w, t, h + 1), a->q_row * 4, t->rows, width);
     else if (next->rows) fetch_rows(q, q_of(w, next, 0), a->q_row * 4, next->rows, width);
 }
@@ -115,6 +115,12 @@ static void forward_group_live(forward_job *w, int64_t group, live_places *l, co
         forward_tile_live(w, I, l, live, carry);
 }
 
+/* What goes around the caches is there for other threads. */
+static void end_results(bool around)
+{
+    if (around) _mm_sfence();
+}
+
 static void forward_sequence_live(forward_job *w)
 {
     const sel_attention *a = w->a;
@@ -123,12 +129,14 @@ static void forward_sequence_live(forward_job *w)
     live_places places = new_places(a, p, w->b, w->scratch, false);
     live_list list;
 
+    w->around = goes_around(a, a->out, a->out_seq, a->out_row);
     start_carry(w, carry, 0, a->i1);
     for (int64_t g = 0; g < p->groups; g++) {
         if (a->saved) memcpy(group_carry(w, g), carry, (size_t)a->i1 * sizeof *carry);
         list = next_list(a, w->b, g ? &list : NULL, list_room(p, w->scratch, g), carry, all_keys(a, p), g);
         forward_group_live(w, g, &places, &list, carry);
     }
+    end_results(w->around);
     end_carry(w, carry);
     store_memory(w);
     if (a->live) a->live[w->b] = w->live;
@@ -183,6 +191,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
         float *const carry = w.scratch + p->carry;
         live_list lists[MOST_CARRIES];
 
+        w.around = goes_around(a, a->out, a->out_seq, a->out_row);
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) carry_column_live(&w, J);
         live_places places = new_places(a, p, b, w.scratch, false);
@@ -196,6 +205,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
             forward_group_live(&w, g, &places, &lists[g], carry);
             if (g == p->groups - 1) end_carry(&w, carry);
         }
+        end_results(w.around);
         #pragma omp critical(attention_memory)
         {
             best.live += w.live;      /* whole numbers below 2^53: exact in any order */
@@ -368,6 +378,7 @@ static void fetch_live_gradients(backward_job *w, int64_t h, int64_t I)
                   kh = h * a->kv_heads / a->heads, j0 = a->i0 + I * height;
     fetch_queue *const q = &w->room.next;
 
+    if (w->around) return;
     fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, real, width);
     if (h % (a->heads / a->kv_heads)) return;
     fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
@@ -489,6 +500,10 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     live_list lists[MOST_CARRIES];
 
     w->shared = threads > 1;
+    w->around = places.around = goes_around(a, g->dq, g->dq_seq, g->dq_row) &&
+                                goes_around(a, g->dk, g->dk_seq, g->dk_row) &&
+                                goes_around(a, g->dv, g->dv_seq, g->dv_row) &&
+                                (!attention_bilinear(a) || goes_around(a, g->dsel_q, g->dsel_q_seq, g->dsel_q_row));
     for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
         for (int64_t h = 0; h < a->heads; h++) pack_rows(w, h, I);
     for (int64_t j = 0; j < a->i1; j++)
@@ -514,6 +529,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
             if (attention_bilinear(a)) store_dsel_q(&zero, I, threads);
         }
     }
+    end_results(w->around);
     for (int64_t j = 0; g->dcarry_out && j < a->i1; j++)
         if (shares(&share, j)) g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j];
 }

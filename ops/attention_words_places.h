@@ -70,7 +70,7 @@ typedef struct {
     const sel_attention *a;
     int64_t b, places;
     int64_t high;              /* places below it have been written */
-    bool gradients;
+    bool gradients, around;    /* around: dk and dv go around the caches */
     int32_t *held;             /* [places]: the key there, or NOBODY */
     int32_t *where;            /* [i1]: the place of a key, or NOWHERE; forward: its last one, perhaps another's since;
                                   backward: or LEFT: its gradients are stored */
@@ -259,10 +259,10 @@ static void hold_keys(live_places *l, const live_list *list)
 
 /* ---- backward: gradients gather at the keys' places ---- */
 
-INLINE void scale_row(float *to, const float *from, float scale, int64_t n)
+INLINE void scale_row(float *to, const float *from, float scale, int64_t n, bool around)
 {
     for (int64_t d = 0; d < n; d += V16)
-        _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(scale)));
+        store_result(to + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(scale)), around);
 }
 
 /* The places of a list from s0 on: their sums are the gradients. */
@@ -276,11 +276,12 @@ static void release_gradients(live_places *l, const sel_attention_grad *g, const
         const int64_t j = list->keys[s];
         for (int64_t kh = 0; kh < a->kv_heads; kh++) {
             const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
-            scale_row(g->dk + l->b * g->dk_seq + j * g->dk_row + kh * dh, l->dk + at, scale, dh);
-            scale_row(g->dv + l->b * g->dv_seq + j * g->dv_row + kh * dh, l->dv + at, 1.0f, dh);
+            scale_row(g->dk + l->b * g->dk_seq + j * g->dk_row + kh * dh, l->dk + at, scale, dh, l->around);
+            scale_row(g->dv + l->b * g->dv_seq + j * g->dv_row + kh * dh, l->dv + at, 1.0f, dh, l->around);
         }
         if (attention_bilinear(a))
-            scale_row(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, l->dsel_k + s * dh, scale, dh);
+            scale_row(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, l->dsel_k + s * dh, scale, dh,
+                      false);
         l->held[s] = NOBODY;
         l->where[j] = LEFT;
     }
@@ -320,10 +321,10 @@ static void move_sums(live_places *l, int64_t s, int64_t from)
     const int64_t dh = l->a->dh;
     for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
         const int64_t at = tile_at(l, kh, s) + s % TILE * dh, old = tile_at(l, kh, from) + from % TILE * dh;
-        scale_row(l->dk + at, l->dk + old, 1.0f, dh);
-        scale_row(l->dv + at, l->dv + old, 1.0f, dh);
+        scale_row(l->dk + at, l->dk + old, 1.0f, dh, false);
+        scale_row(l->dv + at, l->dv + old, 1.0f, dh, false);
     }
-    if (attention_bilinear(l->a)) scale_row(l->dsel_k + s * dh, l->dsel_k + from * dh, 1.0f, dh);
+    if (attention_bilinear(l->a)) scale_row(l->dsel_k + s * dh, l->dsel_k + from * dh, 1.0f, dh, false);
 }
 
 /* From the list of the group after (NULL: none) to a group's: what the later group's own keys gathered is stored; then
