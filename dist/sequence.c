@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/base/clock.h"
+#include "core/base/fault.h"
 #include "core/base/mem.h"
 #include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
@@ -133,20 +134,15 @@ static sel_status make_arrays(sel_sequence *q)
     const int me = q->opt.chunks.rank, ranks = q->opt.chunks.ranks;
     static const char what[] = "keys of a shared sequence";
     double apart = sel_comm_hosts(q->group) > 1;
-    sel_status rc = SEL_OK;
+    sel_status rc;
 
     sel_comm_max_doubles(q->comm, &apart, 1);
     if (q->opt.no_window) {
         snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, as dist.shared_memory asks");
     } else if (apart > 0.0) {
         snprintf(q->note, sizeof q->note, "sequence groups reach over several hosts: they exchange keys by MPI");
-    } else {
-        rc = sel_host_window_new(&q->window, q->group, lay_out(q, NULL, me, true), what);
-        if ((rc = sel_comm_agree(q->comm, rc)) != SEL_OK) {
-            snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, which is slower: %.400s",
-                     sel_error());
-            sel_host_window_free(&q->window);
-        }
+    } else if (sel_host_window_new(&q->window, q->comm, q->group, lay_out(q, NULL, me, true), what) != SEL_OK) {
+        snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, which is slower: %.400s", sel_error());
     }
     if (q->window) {
         size_t all = 0;
@@ -226,9 +222,18 @@ size_t sel_sequence_bytes(const sel_sequence *q)
 
 /* ---- waiting */
 
+/* From here on it waits; the time now. */
+static double wait_for(const char *what)
+{
+    sel_pulse_exchange(what);
+    sel_fault_within(what);
+    return sel_now();
+}
+
 static void waited(sel_sequence *q, double since)
 {
     const double seconds = sel_now() - since;
+    sel_pulse_exchange(NULL);
     q->wire.wait_seconds += seconds;
     q->wire.busy_seconds += seconds;
 }
@@ -242,22 +247,19 @@ static void arrive(sel_sequence *q)
 /* Window: until all have come to a stage. */
 static void await(sel_sequence *q, uint32_t stage, const char *what)
 {
-    sel_pulse_group(what);
-    const double begun = sel_now();
+    const double begun = wait_for(what);
     for (int r = 0; r < q->opt.chunks.ranks; r++)
         for (sel_host_waiter w = {0}; !sel_host_reached(q->counts[r], stage);)
             sel_host_pause(q->comm, &w, q->counts[r], stage, false);
     waited(q, begun);
-    sel_pulse_tick();
 }
 
 /* Messages: until all that has been started is done. */
 static void complete(sel_sequence *q, const char *what)
 {
+    const double begun = wait_for(what);
     int done = 0;
 
-    sel_pulse_group(what);
-    const double begun = sel_now();
     for (sel_host_waiter w = {0};;) {
         CK(q->comm, MPI_Testall(q->n_requests, q->requests, &done, q->statuses));
         if (done) break;
@@ -265,7 +267,6 @@ static void complete(sel_sequence *q, const char *what)
     }
     q->n_requests = 0;
     waited(q, begun);
-    sel_pulse_tick();
 }
 
 /* `blocks` blocks of `count` floats, `stride` apart, to or from another rank. */
@@ -304,7 +305,7 @@ static void count_sent(sel_sequence *q, int64_t floats, const bool *wanted)
 
 float *sel_sequence_begin(sel_sequence *q)
 {
-    if (q->window) await(q, q->ended, "keys_begin");
+    if (q->window) await(q, q->ended, "the room for keys");
     return q->keys;
 }
 
@@ -512,11 +513,9 @@ const float *sel_sequence_own_gradients(const sel_sequence *q, int k)
 void sel_sequence_gather(sel_sequence *q, const void *mine, size_t bytes, void *all)
 {
     SEL_ASSERT(bytes <= INT32_MAX);
-    sel_pulse_group("sequence_gather");
-    const double begun = sel_now();
+    const double begun = wait_for("findings");
     CK(q->comm, MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, q->group->world));
     waited(q, begun);
-    sel_pulse_tick();
 }
 
 void sel_sequence_wire(sel_sequence *q, sel_wire *w)

@@ -20,7 +20,7 @@ static void test_window(void)
         sel_host_window *w;
         size_t wrong = 0;
 
-        CHECK_OK(sel_host_window_new(&w, comm, n, "the test"));
+        CHECK_OK(sel_host_window_new(&w, comm, comm, n, "the test"));
         unsigned char *mine = sel_host_window_part(w, rank);
         CHECK((uintptr_t)mine % 64 == 0, "part at %p", (void *)mine);
         for (size_t i = 0; i < n; i++) wrong += mine[i] != 0;
@@ -43,9 +43,9 @@ static void test_too_much(void)
 {
     sel_host_window *w;
 
-    CHECK(sel_host_window_new(&w, comm, (size_t)1 << 44, "a giant") == SEL_ENOMEM && !w, "16 TiB a rank");
+    CHECK(sel_host_window_new(&w, comm, comm, (size_t)1 << 44, "a giant") == SEL_ENOMEM && !w, "16 TiB a rank");
     CHECK(strstr(sel_error(), "a giant") && strstr(sel_error(), "/dev/shm has"), "%s", sel_error());
-    CHECK_OK(sel_host_window_new(&w, comm, 100, "a small one"));
+    CHECK_OK(sel_host_window_new(&w, comm, comm, 100, "a small one"));
     sel_host_window_free(&w);
 }
 
@@ -55,7 +55,7 @@ static void test_counters(void)
     enum { ROUNDS = 300 };
     sel_host_window *w;
 
-    CHECK_OK(sel_host_window_new(&w, comm, sizeof(sel_host_count) + sizeof(int), "the counters"));
+    CHECK_OK(sel_host_window_new(&w, comm, comm, sizeof(sel_host_count) + sizeof(int), "the counters"));
     for (uint32_t turn = 1; turn <= ROUNDS; turn++) {
         sel_host_count *const mine = sel_host_window_part(w, rank),
                               *const before = sel_host_window_part(w, (rank + size - 1) % size);
