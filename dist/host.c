@@ -17,6 +17,7 @@
 
 #include "core/base/clock.h"
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 
 #define ALIGNMENT ((size_t)64)
@@ -86,7 +87,10 @@ sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, sel_comm *gro
     if ((rc = sel_comm_agree(c, rc)) != SEL_OK) goto fail;
 
     w->group = group;
+    /* A library that fails in it on one rank alone leaves the others there: the watchdog names it. */
+    sel_pulse_enter("MPI_Win_allocate_shared");
     const int code = MPI_Win_allocate_shared((MPI_Aint)part, 1, MPI_INFO_NULL, group->host, &mine, &w->win);
+    sel_pulse_leave();
     if (code != MPI_SUCCESS) {
         char text[MPI_MAX_ERROR_STRING] = "unknown MPI error";
         int length;

@@ -562,7 +562,11 @@ sel_status sel_watchdog_open(sel_watchdog **out, sel_comm *c, double seconds)
     SEL_TRY(sel_comm_agree(c, w ? SEL_OK : sel_fail(SEL_ENOMEM, "out of memory for the watchdog")));
     w->c = c;
     sel_status rc = sel_comm_agree(c, make(w, seconds));
-    if (rc == SEL_OK) rc = sel_host_window_new(&w->window, c, c, sizeof(part), "the watchdog");
+    if (rc == SEL_OK && (rc = sel_host_window_new(&w->window, c, c, sizeof(part), "the watchdog")) != SEL_OK) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", sel_error());
+        sel_fail(rc, "%s; dist.watchdog_seconds: 0 does without", why);
+    }
     if (rc == SEL_OK) {
         for (int r = 0; r < c->host_size; r++) w->parts[r] = sel_host_window_part(w->window, r);
         know_hosts(w);

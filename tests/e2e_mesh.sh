@@ -72,7 +72,7 @@ check "losses with bfloat16 on the wire" awk 'NR == FNR { a[$1] = $2; next } { d
 
 # ---- a host that lends too little shared memory: all goes by MPI, and is said
 small_shm() {
-    OMPI_MCA_btl=tcp,self unshare --mount -- bash -c 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"' small "$@"
+    OMPI_MCA_btl=tcp,self unshare --mount -- bash -c 'mount -t tmpfs -o size=${SHM:-16m} tmpfs /dev/shm && exec "$@"' small "$@"
 }
 # in_small R ARGS...: as `ranks`, there.
 in_small() {
@@ -103,6 +103,22 @@ if [ -z "${MPIRUN:-}" ] && small_shm true 2>/dev/null; then
     SELECTRA_HOSTS=2,2 expect 0 in_small 4 "${arguments[@]}"
     said 'ranks of a host reduce by MPI, which is slower: .*the host gives only .* MiB of shared memory that it promised'
     same_state twice twice.small 2
+
+    # Open MPI keeps its files elsewhere, where room is short: it fails on one rank, and leaves the others waiting.
+    mkdir full
+    train stuck "${settings[@]}" "${large[@]}" dist.watchdog_seconds=2
+    OMPI_MCA_osc_sm_backing_directory=$TEMP/full expect 75 unshare --mount -- bash -c \
+        'mount -t tmpfs -o size=4m tmpfs full && exec "$@"' full timeout -k 5 60 "$SOURCE/tests/mpirun.sh" -n 2 "$SELECTRA" \
+        "${arguments[@]}"
+    said 'rank 1 on host .* no progress for [23] s: in start of step 0, waiting in its collective [0-9]+, MPI_Win_alloc'
+
+    # None at all, or nearly so: the watchdog cannot do with less.
+    export SHM=512k
+    train none "${settings[@]}" train.steps=2
+    expect 1 in_small 2 "${arguments[@]}"
+    said 'the watchdog: .* MiB of shared memory are needed, /dev/shm has .*; dist.watchdog_seconds: 0 does without'
+    expect 0 in_small 2 "${arguments[@]}" dist.watchdog_seconds=0
+    said 'ranks of a host reduce by MPI, which is slower'
 fi
 
 # ---- refused, with what would work

@@ -38,6 +38,27 @@ static void test_window(void)
     }
 }
 
+/* Ranks of even and of odd numbers, each with a window of their own. */
+static void test_groups(void)
+{
+    sel_comm *group;
+    sel_host_window *w;
+    int wrong = 0;
+
+    sel_comm_split(&group, comm, rank % 2);
+    CHECK_OK(sel_host_window_new(&w, comm, group, sizeof(int), "a group"));
+    *(int *)sel_host_window_part(w, sel_comm_host_rank(group)) = rank;
+    sel_host_barrier(group);
+    for (int r = 0; r < sel_comm_size(group); r++) wrong += *(int *)sel_host_window_part(w, r) != 2 * r + rank % 2;
+    CHECK(wrong == 0, "%d parts are of other ranks", wrong);
+    sel_host_barrier(group);
+    sel_host_window_free(&w);
+
+    const size_t bytes = rank == size - 1 ? (size_t)1 << 44 : 1; /* one group's alone are too large */
+    CHECK(sel_host_window_new(&w, comm, group, bytes, "a giant") == SEL_ENOMEM && !w, "16 TiB of a rank");
+    sel_comm_close(&group);
+}
+
 /* More than the host has: all ranks are told, with the size, and nobody dies of it. */
 static void test_too_much(void)
 {
@@ -89,6 +110,7 @@ int main(int argc, char **argv)
     size = sel_comm_size(comm);
     CHECK(sel_comm_host_index(comm) == 0, "host %d", sel_comm_host_index(comm));
     test_window();
+    test_groups();
     test_too_much();
     test_counters();
 
