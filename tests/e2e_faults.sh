@@ -28,7 +28,8 @@ fault() {
     train "$run" "${settings[@]}" "${@:5}"
     SELECTRA_FAULT=$1 start $np "${arguments[@]}"
     ended "$2" 30 && said "$4"
-    took=$(awk -v a="$(stat -c %.Y "$run/metrics.jsonl" 2>/dev/null)" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
+    # config.yaml is there before any row is
+    took=$(seconds_since "$(stat -c %.Y "$run/config.yaml" "$run/metrics.jsonl" 2>/dev/null | sort -g | tail -n 1)")
     echo "$mesh, $1: status $ended_with, over $took s after the last row"
     check "$mesh, $1: over within $3 s, not $took" awk -v a="$took" -v b="$3" 'BEGIN { exit !(a <= b) }'
     check "$mesh, $1: no process is left" test -z "$(grep -lsa "run[.]dir=$run" /proc/[0-9]*/cmdline)"
