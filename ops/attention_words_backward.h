@@ -17,6 +17,7 @@ typedef struct {
     const sel_attention_grad *g;
     const words_plan *p;
     int64_t b;
+    int thread;
     float *scratch, *pack;    /* this thread's scratch, this sequence's packed operands */
     bool shared;              /* by all threads: operands are packed before and dq is summed after; else head by head */
     gradient_room room;
@@ -26,7 +27,6 @@ typedef struct {
 typedef struct {
     int64_t I0, I1, J0, J1, group;
     bool first_rows, last_rows;   /* that these column tiles meet: dK and dV start, end here */
-    bool first_columns;           /* that these row tiles meet in this thread: dQ starts here */
 } square_of_tiles;
 
 static gradient_keys keys_at(const backward_job *w, int64_t kh, int64_t J)
@@ -186,13 +186,39 @@ static void store_dsel_k(const backward_job *w, int64_t J)
                   selecting_keys_at(w, J).dk, 1.0 / sqrt((double)w->a->dh), J);
 }
 
-/* Threads that have a part of row tile I's dQ: those whose first pair of column tiles does not lie after it. */
+/* Whose are the columns from J on, a pair of tiles?  Dealt 0 .. T-1, T-1 .. 0: early ones are long, late ones short. */
+static int owner(const backward_job *w, int64_t J)
+{
+    const int64_t threads = w->a->threads, k = J / SIDE % (2 * threads);
+    return (int)(k < threads ? k : 2 * threads - 1 - k);
+}
+
+/* Column tiles [seen_from, seen_to) hold the keys that row tile I sees. */
+static int64_t seen_from(const backward_job *w, int64_t I)
+{
+    const int64_t row0 = w->a->i0 + I * TILE;
+    return w->a->window && row0 >= w->a->window ? (row0 - w->a->window + 1) / TILE : 0;
+}
+static int64_t seen_to(const backward_job *w, int64_t I)
+{
+    return (least(w->a->i0 + (I + 1) * TILE, w->a->i1) + TILE - 1) / TILE;
+}
+
+/* Has this thread a part of row tile I's dQ from column tiles before J? */
+static bool has_part(const backward_job *w, int64_t I, int64_t J)
+{
+    const int64_t pair = seen_from(w, I) / SIDE, threads = w->a->threads, round = 2 * threads;
+    if (!w->shared) return pair * SIDE < J;
+    const int64_t up = (w->thread - pair % round + round) % round;   /* pairs until it is this thread's turn */
+    const int64_t down = (round - 1 - w->thread - pair % round + round) % round;
+    return (pair + least(up, down)) * SIDE < J;
+}
+
+/* Threads, from the first on, that have a part of row tile I's dQ: with a window all, if only of zeros. */
 static int sharers(const backward_job *w, int64_t I)
 {
-    const int64_t end = least(w->a->i0 + I * TILE + TILE, w->a->i1);
-    int n = 1;
-    while (n < w->a->threads && n * SIDE * TILE < end) n++;
-    return n;
+    const int64_t pairs = (seen_to(w, I) + SIDE - 1) / SIDE;
+    return w->a->window == 0 && pairs < w->a->threads ? (int)pairs : w->a->threads;
 }
 
 /* Row tile I of dq: the sums of the first `summed` threads, in thread order, turned back to rows. */
@@ -242,7 +268,8 @@ static bool make_tile(const backward_job *w, int64_t I, int64_t J, gradient_tile
     *t = new_gradient_tile(row0 - col0, col0, rows, (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE),
                            (word *)(w->scratch + p->pi) + at, (word *)(w->scratch + p->zi) + at,
                            (word *)(w->scratch + p->zk) + at);
-    return I < p->tiles && J < p->columns && row0 + rows > col0;
+    t->view = view_of(row0 - col0, a->window, rows);
+    return I < p->tiles && J >= seen_from(w, I) && J < seen_to(w, I);
 }
 
 /* The memory loss's own part of dF in the arg-max row, of rows from position row0 on (G = -dF; NF = -F, raw). */
@@ -276,9 +303,11 @@ static void rebuild_selection(backward_job *w, const square_of_tiles *u, int64_t
         for (int64_t I = u->group; I < end; I++) {
             if (!make_tile(w, I, J, &t)) continue;
             float *const L0 = panel(w, p->l0, u, I, J);
-            for (int v0 = 0; v0 < t.view.lanes; v0 += 32)
-                product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, selecting_rows_at(w, I).qt + v0, TILE,
-                           L0 + v0, TILE, true);
+            for (int lane = 0; lane < t.view.lanes; lane += 32) {
+                const key_blocks seen = seen_blocks(&t.view, lane);
+                product_32((seen.end - seen.first) * 8, kw, k + seen.first * 8 * kw, kw, 1,
+                           selecting_rows_at(w, I).qt + lane, TILE, L0 + seen.first * 8 * TILE + lane, TILE, true);
+            }
             select_words(a, L0, panel(w, p->f, u, I, J), carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
         }
     }
@@ -303,7 +332,8 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
         fetch_rows(q, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row * 4, cols, width);
         fetch_rows(q, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row * 4, cols, width);
     }
-    for (int64_t I = u->I0; I < u->I1 && !u->first_columns; I++) fetch_block(q, rows_at(w, h, I).dq, size);
+    for (int64_t I = u->I0; I < u->I1; I++)
+        if (has_part(w, I, u->J0)) fetch_block(q, rows_at(w, h, I).dq, size);
     for (int64_t J = u->J0; J < u->J1 && !u->first_rows; J++) {
         const gradient_keys keys = keys_at(w, kh, J);
         fetch_block(q, keys.dk, size);
@@ -322,7 +352,7 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
     }
     for (int64_t I = u->I0; I < u->I1; I++) {
         const int64_t rows = least(w->p->rows - I * TILE, TILE);
-        if (u->first_columns && !w->shared) {
+        if (!w->shared && !has_part(w, I, u->J0)) {
             fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
             fetch_rows(q, g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
             fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
@@ -344,7 +374,7 @@ typedef struct {
     gradient_rows rows[SIDE];
 } head_square;
 
-/* dV and dK of column c of the square. */
+/* dV and dK of column c of the square; fresh: they start here, even where no row sees the column. */
 static void sum_columns(backward_job *w, const head_square *s, int c, bool fresh)
 {
     const gradient_tile *t[SIDE];
@@ -355,12 +385,19 @@ static void sum_columns(backward_job *w, const head_square *s, int c, bool fresh
             t[n] = &s->tiles[r][c];
             of[n++] = &s->rows[r];
         }
-    if (n) key_gradients(&w->room, n, t, of, &s->keys[c], fresh);
+    if (n) {
+        key_gradients(&w->room, n, t, of, &s->keys[c], fresh);
+    } else if (fresh) {
+        const size_t size = (size_t)(TILE * w->a->dh) * sizeof(float);
+        memset(s->keys[c].dk, 0, size);
+        if (s->keys[c].dv) memset(s->keys[c].dv, 0, size);
+    }
 }
 
-/* dQ of row r of the square; false where there is none. */
-static bool sum_rows_of(backward_job *w, const head_square *s, int r, bool fresh)
+/* dQ of row r of a square; false where there is none, or more to come. */
+static bool sum_rows_of(backward_job *w, const square_of_tiles *u, const head_square *s, int r)
 {
+    const int64_t I = u->I0 + r;
     const gradient_tile *t[SIDE];
     const gradient_keys *of[SIDE];
     int n = 0;
@@ -369,14 +406,8 @@ static bool sum_rows_of(backward_job *w, const head_square *s, int r, bool fresh
             t[n] = &s->tiles[r][c];
             of[n++] = &s->keys[c];
         }
-    if (n) query_gradients(&w->room, n, t, of, s->rows[r].dq, fresh);
-    return n > 0;
-}
-
-/* Do rows of row tile I see nothing after the square? */
-static bool last_columns(const backward_job *w, const square_of_tiles *u, int64_t I)
-{
-    return least(w->a->i0 + (I + 1) * TILE, w->a->i1) <= u->J1 * TILE;
+    if (n) query_gradients(&w->room, n, t, of, s->rows[r].dq, !has_part(w, I, u->J0));
+    return n > 0 && seen_to(w, I) <= u->J1;
 }
 
 /* What comes through F in tile (r, c) of a square: dZ at Z0 becomes words. */
@@ -410,7 +441,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
     }
     for (int64_t r = 0; r < u->I1 - u->I0; r++) {
         s.rows[r] = rows_at(w, h, u->I0 + r);
-        if (u->first_columns && h && !w->shared) pack_rows(w, h, u->I0 + r);
+        if (h && !w->shared && !has_part(w, u->I0 + r, u->J0)) pack_rows(w, h, u->I0 + r);
     }
     for (int64_t c = 0; c < u->J1 - u->J0; c++)
         for (int64_t r = u->I1 - u->I0; r-- > 0;) {
@@ -429,8 +460,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
         if (closes) store_keys(w, kh, u->J0 + c);
     }
     for (int r = 0; r < u->I1 - u->I0; r++)
-        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
-            store_dq(w, h, u->I0 + r, 1);
+        if (sum_rows_of(w, u, &s, r) && !w->shared) store_dq(w, h, u->I0 + r, 1);
 }
 
 /* A selection with rows of its own, after all heads: what comes through F, to dsel_q and dsel_k alone. */
@@ -452,12 +482,34 @@ static void backward_selection(backward_job *w, const square_of_tiles *u, float 
         if (u->last_rows) store_dsel_k(w, u->J0 + c);
     }
     for (int r = 0; r < u->I1 - u->I0; r++)
-        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
-            store_dsel_q(w, u->I0 + r, 1);
+        if (sum_rows_of(w, u, &s, r) && !w->shared) store_dsel_q(w, u->I0 + r, 1);
 }
 
-/* A pair of column tiles: their dK and dV, their part of every row's dQ; first: this thread's first pair. */
-static void backward_columns(backward_job *w, int64_t J0, bool first)
+/* This thread's part of row tile I's dQ: zeros. */
+static void no_part(const backward_job *w, int64_t I)
+{
+    const int64_t size = TILE * w->a->dh;
+    memset(rows_at(w, 0, I).dq, 0, (size_t)(w->a->heads * size) * sizeof(float));
+    if (attention_bilinear(w->a)) memset(selecting_rows_at(w, I).dq, 0, (size_t)size * sizeof(float));
+}
+
+/* A pair of column tiles that no row sees: their dK and dV are zero. */
+static void store_unseen(const backward_job *w, int64_t J0, int64_t J1)
+{
+    const sel_attention *a = w->a;
+    const size_t size = (size_t)(SIDE * a->kv_heads * TILE * a->dh) * sizeof(float);
+
+    memset(w->scratch + w->p->dk, 0, size);
+    memset(w->scratch + w->p->dv, 0, size);
+    if (attention_bilinear(a)) memset(w->scratch + w->p->dsel_k, 0, size / (size_t)a->kv_heads);
+    for (int64_t J = J0; J < J1; J++) {
+        for (int64_t kh = 0; kh < a->kv_heads; kh++) store_keys(w, kh, J);
+        if (attention_bilinear(a)) store_dsel_k(w, J);
+    }
+}
+
+/* A pair of column tiles: their dK and dV, their part of every row's dQ. */
+static void backward_columns(backward_job *w, int64_t J0)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
@@ -467,19 +519,24 @@ static void backward_columns(backward_job *w, int64_t J0, bool first)
     for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < J1 * TILE; j++)
         dcarry[j / TILE - J0][j % TILE] = w->g->dcarry_in[w->b * a->carry_seq + j];
 
-    const int64_t lowest = J0 * TILE > a->i0 ? (J0 * TILE - a->i0) / TILE : 0;   /* the first row tile that sees them */
+    int64_t lowest = 0, highest = p->tiles;   /* [lowest, highest): row tiles that see them */
+    while (lowest < highest && seen_to(w, lowest) <= J0) lowest++;
+    while (highest > lowest && seen_from(w, highest - 1) >= J1) highest--;
+    if (lowest == highest) store_unseen(w, J0, J1);
     for (int64_t group = p->groups - 1; group >= 0; group--) {
-        const int64_t G0 = group * p->group, G1 = least(G0 + p->group, p->tiles);
-        square_of_tiles u = { .J0 = J0, .J1 = J1, .group = G0, .first_columns = first };
+        const int64_t G0 = group * p->group, G1 = least(G0 + p->group, highest);
+        square_of_tiles u = { .J0 = J0, .J1 = J1, .group = G0 };
+        if (G0 >= highest) continue;
         if (G1 <= lowest) break;
         if (!w->shared) {   /* head 0 comes last, but its logits come first */
-            for (int64_t J = J0; J < J1 && G1 == p->tiles; J++) pack_columns(w, 0, J);
-            for (int64_t I = G0; I < G1 && first; I++) pack_rows(w, 0, I);
+            for (int64_t J = J0; J < J1 && G1 == highest; J++) pack_columns(w, 0, J);
+            for (int64_t I = G0; I < G1; I++)
+                if (!has_part(w, I, J0)) pack_rows(w, 0, I);
         }
         if (a->selective) rebuild_selection(w, &u, G1);
         for (u.I1 = G1; u.I1 > G0 && u.I1 > lowest; u.I1 = u.I0) {
             u.I0 = (u.I1 - 1) / SIDE * SIDE > G0 ? (u.I1 - 1) / SIDE * SIDE : G0;
-            u.first_rows = u.I1 == p->tiles;
+            u.first_rows = u.I1 == highest;
             u.last_rows = u.I0 <= lowest;
             square_of_tiles below = u;
             below.I1 = u.I0;
@@ -501,7 +558,7 @@ static backward_job new_backward_job(const sel_attention *a, const sel_attention
                                      int64_t b, int thread, int set)
 {
     float *const base = a->workspace;
-    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .scratch = base + p->thread0 + thread * p->thread_size,
+    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .thread = thread, .scratch = base + p->thread0 + thread * p->thread_size,
                            .pack = base + p->pack0 + set * p->pack_size,
                            .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)) } };
 }
@@ -514,12 +571,12 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
-        for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J, J == 0);
+        for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J);
     }
     for (int64_t b = whole; b < a->B; b++) {
         #pragma omp parallel num_threads(a->threads)
         {
-            const int thread = omp_get_thread_num(), threads = a->threads;
+            const int thread = omp_get_thread_num();
             const backward_job zero = new_backward_job(a, g, &p, b, 0, 0);
             backward_job w = new_backward_job(a, g, &p, b, thread, 0);
             w.shared = true;
@@ -529,11 +586,10 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)
                 for (int64_t h = 0; h < a->heads; h++) pack_rows(&w, h, I);
-            /* Pairs of columns dealt 0 .. T-1, T-1 .. 0: early ones are long, late ones short. */
-            for (int64_t J = 0; J < p.columns; J += SIDE) {
-                const int64_t k = J / SIDE % (2 * threads);
-                if (k == thread || k == 2 * threads - 1 - thread) backward_columns(&w, J, J / SIDE == thread);
-            }
+            for (int64_t J = 0; J < p.columns; J += SIDE)
+                if (owner(&w, J) == thread) backward_columns(&w, J);
+            for (int64_t I = 0; I < p.tiles && a->window; I++)
+                if (!has_part(&w, I, seen_to(&w, I))) no_part(&w, I);
             #pragma omp barrier
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)

@@ -42,6 +42,18 @@ static gradient_tile new_gradient_tile(int64_t off, int64_t col0, int rows, int 
                             .zk = WORD_BF16 ? zk : z };
 }
 
+/* Blocks of 8 keys that 32 lanes see: [first, both) by all of them, [both, end) by the upper 16. */
+typedef struct {
+    int first, both, end;
+} key_blocks;
+
+INLINE key_blocks seen_blocks(const tile_view *view, int lane)
+{
+    const int first = first_block(view, lane), low = end_block(view, lane), high = end_block(view, lane + V16);
+    const int both = low > first ? low : first;
+    return (key_blocks){ .first = first, .both = both, .end = high > both ? high : both };
+}
+
 /* What a thread works with. */
 typedef struct {
     int64_t dh;
@@ -136,7 +148,8 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
             if (L0) acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_loadu_ps(L0 + at));
         }
     if (!L0) sum_rows(v0, 2, kw, keys->k + j0 * kw, kw, 1, rows->qt + lane, TILE, &m->next, acc);
-    if (lane + v0 * V16 + t->view.off < j0 + 7) hide_unseen(v0, acc, &t->view, lane, j0);
+    if (lane + v0 * V16 + t->view.off < j0 + 7 || lane + 31 + t->view.low > j0)
+        hide_unseen(v0, acc, &t->view, lane, j0);
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
         for (int v = v0; v < 2; v++) {
@@ -179,9 +192,11 @@ APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradie
                            float *Z0)
 {
     for (int lane = 0; lane < t->view.lanes; lane += 32) {
-        const int low = end_block(&t->view, lane), high = end_block(&t->view, lane + V16);
-        for (int jb = 0; jb < low; jb++) gradient_block(0, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
-        for (int jb = low; jb < high; jb++) gradient_block(1, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+        const key_blocks seen = seen_blocks(&t->view, lane);
+        for (int jb = seen.first; jb < seen.both; jb++)
+            gradient_block(0, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+        for (int jb = seen.both; jb < seen.end; jb++)
+            gradient_block(1, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
     }
 }
 
@@ -195,7 +210,7 @@ APART void selection_words(const sel_attention *a, const gradient_tile *t, const
     for (int j = 0; j < t->cols; j++) {
         float base = dcarry[j];
         for (int v = t->view.lanes - V16; v >= 0; v -= V16) {
-            if (end_block(&t->view, v) * 8 <= j) continue;
+            if (end_block(&t->view, v) * 8 <= j || first_block(&t->view, v) * 8 > j) continue;
             const int at = j * TILE + v;
             const __m512 sum = scan_down(_mm512_sub_ps(zero, _mm512_loadu_ps(G + at)));
             const __m512 after =
@@ -210,15 +225,15 @@ APART void selection_words(const sel_attention *a, const gradient_tile *t, const
         dcarry[j] = base;
     }
     for (int lane = 0; lane < t->view.lanes; lane += 32) {
-        const int low = end_block(&t->view, lane) * 8, high = end_block(&t->view, lane + V16) * 8;
-        for (int j = 0; j < high; j += 2) {
+        const key_blocks seen = seen_blocks(&t->view, lane);
+        for (int j = seen.first * 8; j < seen.end * 8; j += 2) {
             word *const z = t->z + j * TILE_WORDS + lane / PAIR, *const zk = t->zk + j / PAIR * TILE + lane;
             __m512 x[2], y[2];
             for (int v = 0; v < 2; v++) {
                 x[v] = _mm512_loadu_ps(Z0 + j * TILE + lane + v * V16);
                 y[v] = _mm512_loadu_ps(Z0 + (j + 1) * TILE + lane + v * V16);
             }
-            if (j < low) store_gradients(0, x, y, z, zk);
+            if (j < seen.both * 8) store_gradients(0, x, y, z, zk);
             else store_gradients(1, x, y, z, zk);
         }
     }
@@ -227,8 +242,7 @@ APART void selection_words(const sel_attention *a, const gradient_tile *t, const
 /* One tile's part of a sum over queries: A by pairs of queries (P or dZ), B the queries' rows. */
 typedef struct {
     const word *A, *B;
-    int64_t off;
-    int rows;
+    const gradient_tile *tile;
 } query_sum;
 
 INLINE void query_sum_block(const int nv, int64_t dh, int n, const query_sum *part, int j0, int64_t d, float *C,
@@ -240,10 +254,13 @@ INLINE void query_sum_block(const int nv, int64_t dh, int n, const query_sum *pa
         for (int v = 0; v < nv; v++)
             acc[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(C + (j0 + r) * dh + d + v * V16);
     for (int i = 0; i < n; i++) {
-        const int64_t first = j0 > part[i].off ? (j0 - part[i].off) / PAIR : 0;   /* earlier ones do not see the keys */
-        const int64_t most = (part[i].rows + PAIR - 1) / PAIR;
-        if (first < most)
-            sum_rows(0, nv, most - first, part[i].A + j0 * TILE_WORDS + first, TILE_WORDS, 1,
+        /* earlier and later queries do not see the keys */
+        const tile_view *const view = &part[i].tile->view;
+        const int rows = part[i].tile->rows, last = j0 + 7 - view->low;
+        const int64_t first = j0 > view->off ? (j0 - view->off) / PAIR : 0;
+        const int64_t end = ((last < rows ? last + 1 : rows) + PAIR - 1) / PAIR;
+        if (first < end)
+            sum_rows(0, nv, end - first, part[i].A + j0 * TILE_WORDS + first, TILE_WORDS, 1,
                      part[i].B + first * dh + d, dh, next, acc);
     }
     #pragma GCC unroll 8
@@ -267,7 +284,7 @@ static void key_gradients(gradient_room *m, int n, const gradient_tile *const *t
 {
     query_sum part[SIDE] = { { .A = NULL } };
     for (int i = 0; i < n; i++)
-        part[i] = (query_sum){ .A = t[i]->p, .B = rows[i]->dout, .off = t[i]->view.off, .rows = t[i]->rows };
+        part[i] = (query_sum){ .A = t[i]->p, .B = rows[i]->dout, .tile = t[i] };
     if (keys->dv) sum_over_queries(m, n, part, t[0]->cols, keys->dv, fresh);
     for (int i = 0; i < n; i++) {
         part[i].A = t[i]->z;
@@ -290,12 +307,12 @@ APART void query_gradients(gradient_room *m, int n, const gradient_tile *const *
                 for (int v = 0; v < 2; v++)
                     acc[r][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(C + r * TILE + v * V16);
             for (int i = 0; i < n; i++) {
-                const int64_t low = end_block(&t[i]->view, lane) * 8 / PAIR;
-                const int64_t high = end_block(&t[i]->view, lane + V16) * 8 / PAIR;
+                const key_blocks seen = seen_blocks(&t[i]->view, lane);
+                const int64_t first = seen.first * 8 / PAIR, both = seen.both * 8 / PAIR, end = seen.end * 8 / PAIR;
                 const word *const K = keys[i]->pairs + d, *const Z = t[i]->zk + lane;
-                sum_rows(0, 2, low, K, 1, dh, Z, TILE, &m->next, acc);
-                if (high > low)
-                    sum_rows(1, 2, high - low, K + low * dh, 1, dh, Z + low * TILE, TILE, &m->next, acc);
+                sum_rows(0, 2, both - first, K + first * dh, 1, dh, Z + first * TILE, TILE, &m->next, acc);
+                if (end > both)
+                    sum_rows(1, 2, end - both, K + both * dh, 1, dh, Z + both * TILE, TILE, &m->next, acc);
             }
             #pragma GCC unroll 8
             for (int r = 0; r < 8; r++)
