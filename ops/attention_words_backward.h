@@ -26,6 +26,7 @@ typedef struct {
 /* The four tiles that go together: row tiles [I0, I1), column tiles [J0, J1), a group of row tiles from `group`. */
 typedef struct {
     int64_t I0, I1, J0, J1, group;
+    int64_t lowest, highest;      /* [lowest, highest): row tiles that see these column tiles */
     bool first_rows, last_rows;   /* that these column tiles meet: dK and dV start, end here */
 } square_of_tiles;
 
@@ -318,6 +319,28 @@ static void fetch_block(fetch_queue *q, const void *at, int64_t bytes)
     fetch_rows(q, at, CHUNK, bytes / CHUNK, CHUNK);
 }
 
+/* What is packed of head h when a square is met, and where it is packed to: what is needed first last. */
+static void fetch_unpacked(backward_job *w, int64_t h, const square_of_tiles *u)
+{
+    const sel_attention *a = w->a;
+    const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    for (int64_t J = u->J0; J < u->J1 && u->first_rows && !w->shared; J++) {
+        const int64_t cols = least(a->i1 - J * TILE, TILE);
+        fetch_rows(q, a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row * 4, cols, width);
+        fetch_rows(q, a->k + key_place(w, a->k_seq, a->k_row, kh, J), a->k_row * 4, cols, width);
+    }
+    for (int64_t I = u->I0; I < u->I1; I++) {
+        const int64_t rows = least(w->p->rows - I * TILE, TILE);
+        if (w->shared || has_part(w, I, u->J0)) continue;
+        fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+        fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+        fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
+        fetch_rows(q, a->lse + (w->b * a->heads + h) * w->p->rows + I * TILE, 0, 1, rows * 4);
+    }
+}
+
 /* Asks for what head h needs in a square, what it needs first last. */
 static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
 {
@@ -326,44 +349,33 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
     const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4, size = TILE * width;
     fetch_queue *const q = &w->room.next;
 
-    q->n = 0;
     for (int64_t J = u->J0; J < u->J1 && u->last_rows; J++) {
         const int64_t cols = least(a->i1 - J * TILE, TILE);
         fetch_rows(q, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row * 4, cols, width);
         fetch_rows(q, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row * 4, cols, width);
     }
-    for (int64_t I = u->I0; I < u->I1; I++)
-        if (has_part(w, I, u->J0)) fetch_block(q, rows_at(w, h, I).dq, size);
-    for (int64_t J = u->J0; J < u->J1 && !u->first_rows; J++) {
+    for (int64_t I = u->I0; I < u->I1; I++) {
+        const int64_t rows = least(w->p->rows - I * TILE, TILE);
+        if (!w->shared && seen_to(w, I) <= u->J1)
+            fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, rows, width);
+        fetch_block(q, rows_at(w, h, I).dq, size);
+    }
+    for (int64_t J = u->J0; J < u->J1; J++) {
         const gradient_keys keys = keys_at(w, kh, J);
         fetch_block(q, keys.dk, size);
         fetch_block(q, keys.dv, size);
         if (WORD_BF16) fetch_block(q, keys.pairs, size / PAIR);
-    }
-    for (int64_t J = u->J0; J < u->J1; J++) {
-        const int64_t cols = least(a->i1 - J * TILE, TILE);
-        if (u->first_rows && !w->shared) {
-            fetch_rows(q, a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row * 4, cols, width);
-            fetch_rows(q, a->k + key_place(w, a->k_seq, a->k_row, kh, J), a->k_row * 4, cols, width);
-        } else {
-            fetch_block(q, keys_at(w, kh, J).v, size / PAIR);
-            fetch_block(q, keys_at(w, kh, J).k, size / PAIR);
-        }
+        fetch_block(q, keys.v, size / PAIR);
+        fetch_block(q, keys.k, size / PAIR);
     }
     for (int64_t I = u->I0; I < u->I1; I++) {
-        const int64_t rows = least(w->p->rows - I * TILE, TILE);
-        if (!w->shared && !has_part(w, I, u->J0)) {
-            fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
-            fetch_rows(q, g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
-            fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
-        } else {
-            const gradient_rows r = rows_at(w, h, I);
-            fetch_block(q, r.q, size / PAIR);
-            fetch_block(q, r.dout, size / PAIR);
-            fetch_block(q, r.dot, size / PAIR);
-            fetch_block(q, r.qt, size / PAIR);
-        }
+        const gradient_rows r = rows_at(w, h, I);
+        fetch_block(q, r.q, size / PAIR);
+        fetch_block(q, r.dout, size / PAIR);
+        fetch_block(q, r.dot, size / PAIR);
+        fetch_block(q, r.qt, size / PAIR);
     }
+    fetch_unpacked(w, h, u);
 }
 
 /* What one head works with in a square: tiles by row tile and column tile, where they are seen. */
@@ -508,49 +520,72 @@ static void store_unseen(const backward_job *w, int64_t J0, int64_t J1)
     }
 }
 
+/* Moves u to the rows below it; false where there are none. */
+static bool next_rows(const backward_job *w, square_of_tiles *u)
+{
+    u->I1 = u->I0;
+    if (u->I1 <= u->lowest) return false;
+    u->group = (u->I1 - 1) / w->p->group * w->p->group;
+    u->I0 = (u->I1 - 1) / SIDE * SIDE > u->group ? (u->I1 - 1) / SIDE * SIDE : u->group;
+    u->first_rows = u->I1 == u->highest;
+    u->last_rows = u->I0 <= u->lowest;
+    return true;
+}
+
+/* Puts u on the highest square of a pair of column tiles; false where no row sees them. */
+static bool enter_columns(const backward_job *w, int64_t J0, square_of_tiles *u)
+{
+    *u = (square_of_tiles){ .J0 = J0, .J1 = least(J0 + SIDE, w->p->columns), .highest = w->p->tiles };
+    while (u->lowest < u->highest && seen_to(w, u->lowest) <= u->J0) u->lowest++;
+    while (u->highest > u->lowest && seen_from(w, u->highest - 1) >= u->J1) u->highest--;
+    u->I0 = u->highest;
+    return next_rows(w, u);
+}
+
+/* Asks for what the first head of the next square needs, and for what is packed there of head 0: below u, or where
+   this thread's next pair of columns begins. */
+static void fetch_square(backward_job *w, const square_of_tiles *u)
+{
+    square_of_tiles next = *u;
+    if (!next_rows(w, &next)) {
+        int64_t J = u->J0 + SIDE;
+        while (w->shared && J < w->p->columns && owner(w, J) != w->thread) J += SIDE;
+        if (J >= w->p->columns || !enter_columns(w, J, &next)) return;
+    }
+    fetch_head(w, w->a->heads > 1, &next);
+    if (w->a->heads > 1) fetch_unpacked(w, 0, &next);
+}
+
 /* A pair of column tiles: their dK and dV, their part of every row's dQ. */
 static void backward_columns(backward_job *w, int64_t J0)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t J1 = J0 + SIDE < p->columns ? J0 + SIDE : p->columns;
     float dcarry[SIDE][TILE] = { { 0 } };
+    square_of_tiles u;
+    bool more = enter_columns(w, J0, &u);
 
-    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < J1 * TILE; j++)
+    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < u.J1 * TILE; j++)
         dcarry[j / TILE - J0][j % TILE] = w->g->dcarry_in[w->b * a->carry_seq + j];
-
-    int64_t lowest = 0, highest = p->tiles;   /* [lowest, highest): row tiles that see them */
-    while (lowest < highest && seen_to(w, lowest) <= J0) lowest++;
-    while (highest > lowest && seen_from(w, highest - 1) >= J1) highest--;
-    if (lowest == highest) store_unseen(w, J0, J1);
-    for (int64_t group = p->groups - 1; group >= 0; group--) {
-        const int64_t G0 = group * p->group, G1 = least(G0 + p->group, highest);
-        square_of_tiles u = { .J0 = J0, .J1 = J1, .group = G0 };
-        if (G0 >= highest) continue;
-        if (G1 <= lowest) break;
-        if (!w->shared) {   /* head 0 comes last, but its logits come first */
-            for (int64_t J = J0; J < J1 && G1 == highest; J++) pack_columns(w, 0, J);
-            for (int64_t I = G0; I < G1; I++)
+    if (!more) store_unseen(w, J0, u.J1);
+    for (; more; more = next_rows(w, &u)) {
+        const int64_t end = least(u.group + p->group, u.highest);
+        if (u.I1 == end) {   /* a new group of row tiles */
+            for (int64_t J = J0; J < u.J1 && u.first_rows && !w->shared; J++) pack_columns(w, 0, J);
+            for (int64_t I = u.group; I < end && !w->shared; I++)   /* head 0 comes last, but its logits come first */
                 if (!has_part(w, I, J0)) pack_rows(w, 0, I);
+            if (a->selective) rebuild_selection(w, &u, end);
         }
-        if (a->selective) rebuild_selection(w, &u, G1);
-        for (u.I1 = G1; u.I1 > G0 && u.I1 > lowest; u.I1 = u.I0) {
-            u.I0 = (u.I1 - 1) / SIDE * SIDE > G0 ? (u.I1 - 1) / SIDE * SIDE : G0;
-            u.first_rows = u.I1 == highest;
-            u.last_rows = u.I0 <= lowest;
-            square_of_tiles below = u;
-            below.I1 = u.I0;
-            below.I0 = u.I0 > SIDE ? u.I0 - SIDE : 0;
-            below.first_rows = false;
-            /* Head 0 last: its dF needs the other heads'. */
-            for (int64_t n = 1; n <= a->heads; n++) {
-                fetch_head(w, (n + 1) % a->heads, n < a->heads ? &u : &below);
-                backward_head(w, n % a->heads, &u, dcarry);
-            }
-            if (attention_bilinear(a)) backward_selection(w, &u, dcarry);
+        /* Head 0 last: its dF needs the other heads'. */
+        for (int64_t n = 1; n <= a->heads; n++) {
+            w->room.next.n = 0;
+            if (n < a->heads) fetch_head(w, (n + 1) % a->heads, &u);
+            else fetch_square(w, &u);
+            backward_head(w, n % a->heads, &u, dcarry);
         }
+        if (attention_bilinear(a)) backward_selection(w, &u, dcarry);
     }
-    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < J1 * TILE; j++)
+    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < u.J1 * TILE; j++)
         w->g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j / TILE - J0][j % TILE];
 }
 
@@ -558,8 +593,8 @@ static backward_job new_backward_job(const sel_attention *a, const sel_attention
                                      int64_t b, int thread, int set)
 {
     float *const base = a->workspace;
-    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .thread = thread, .scratch = base + p->thread0 + thread * p->thread_size,
-                           .pack = base + p->pack0 + set * p->pack_size,
+    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .thread = thread,
+                           .scratch = base + p->thread0 + thread * p->thread_size, .pack = base + p->pack0 + set * p->pack_size,
                            .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)) } };
 }
 

@@ -92,13 +92,13 @@ INLINE void sum_rows(const int v0, const int v1, int64_t K, const word *A, int64
 }
 
 /* Row r of a block: P from its logits x [8][32] (less F), which it replaces, and as words at P. */
-INLINE void exponentiate_row(const int v0, float *x, int r, __m512 c, const float *lse, word *P)
+INLINE void exponentiate_row(const int v0, float *x, int r, __m512 c, const __m512 lse[2], word *P)
 {
     __m512 p[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
     for (int v = v0; v < 2; v++) {
         float *const at = x + r * 32 + v * V16;
-        p[v] = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(at), c, _mm512_loadu_ps(lse + v * V16)));
-        _mm512_storeu_ps(at, p[v]);
+        p[v] = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(at), c, lse[v]));
+        _mm512_store_ps(at, p[v]);
     }
 #if WORD_BF16
     _mm512_storeu_si512(P + r * TILE_WORDS, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
@@ -130,11 +130,11 @@ INLINE void store_gradients(const int v0, __m512 x[2], __m512 y[2], word *z, wor
 }
 
 /* P and dZ of 8 keys from j0 on, for the lanes from `lane` on: 32, or with v0 = 1 the upper 16 of them. */
-INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
-                           const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
-                           float *Z0, int lane, int j0)
+INLINE void gradient_block(const int v0, const int64_t kw, gradient_room *m, const gradient_tile *t,
+                           const gradient_keys *keys, const gradient_rows *rows, const float *L0, const float *NF,
+                           float *G, bool fresh, float *Z0, int lane, int j0)
 {
-    const int64_t kw = m->dh / PAIR, steps = 8 / PAIR, each = (8 * steps + kw - 1) / kw;
+    const int64_t steps = 8 / PAIR, each = (8 * steps + kw - 1) / kw;
     const __m512 c = _mm512_set1_ps(m->scale);
     float x[8 * 32] __attribute__((aligned(64)));
     __m512 acc[8][2];
@@ -157,18 +157,20 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
             acc[r][v] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(rows->delta + lane + v * V16));
         }
     const word *A = keys->v + j0 * kw, *B = rows->dot + lane;
+    const __m512 lse[2] = { _mm512_loadu_ps(rows->lse + lane), _mm512_loadu_ps(rows->lse + lane + V16) };
+    word *const P = t->p + j0 * TILE_WORDS + lane / PAIR;
     for (int64_t k = 0; k < kw; k += steps, A += steps, B += steps * TILE) {
         __asm__("" : "+r"(A), "+r"(B));   /* two pointers move, not one for each word of a step */
-        sum_rows(v0, 2, steps, A, kw, 1, B, TILE, &m->next, acc);
-        for (int64_t n = 0; n < each && done < 8; n++, done++) {
+        for (int64_t n = 0; n < each && done < 8; n++, done++) {   /* before products, which do not wait for them */
             const int at = (j0 + done) * TILE + lane;
-            exponentiate_row(v0, x, done, c, rows->lse + lane, t->p + j0 * TILE_WORDS + lane / PAIR);
+            exponentiate_row(v0, x, done, c, lse, P);
             if (!NF) continue;
             for (int v = v0; v < 2; v++) {   /* into the first cache: this block's G, -F of the next */
                 _mm_prefetch((const char *)(G + at + v * V16), _MM_HINT_T0);
                 _mm_prefetch((const char *)(NF + at + 8 * TILE + v * V16), _MM_HINT_T0);
             }
         }
+        sum_rows(v0, 2, steps, A, kw, 1, B, TILE, &m->next, acc);
     }
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++)
@@ -184,6 +186,20 @@ INLINE void gradient_block(const int v0, gradient_room *m, const gradient_tile *
                         t->zk + (j0 + r) / PAIR * TILE + lane);
 }
 
+/* tile_gradients for rows of kw words: constant where inlined, since then one address does for a block's rows. */
+INLINE void tile_gradients_of(const int64_t kw, gradient_room *m, const gradient_tile *t, const gradient_keys *keys,
+                              const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
+                              float *Z0)
+{
+    for (int lane = 0; lane < t->view.lanes; lane += 32) {
+        const key_blocks seen = seen_blocks(&t->view, lane);
+        for (int jb = seen.first; jb < seen.both; jb++)
+            gradient_block(0, kw, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+        for (int jb = seen.both; jb < seen.end; jb++)
+            gradient_block(1, kw, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
+    }
+}
+
 /* P and dZ of one tile of one head.  L0: its logits where they are known, NF: -F, G: += dZ, or = dZ where fresh (all
    [j][TILE], NULL where there is none); Z0: where dZ of the head that selects goes, as floats, to be changed before it
    becomes words, else NULL. */
@@ -191,13 +207,8 @@ APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradie
                            const gradient_rows *rows, const float *L0, const float *NF, float *G, bool fresh,
                            float *Z0)
 {
-    for (int lane = 0; lane < t->view.lanes; lane += 32) {
-        const key_blocks seen = seen_blocks(&t->view, lane);
-        for (int jb = seen.first; jb < seen.both; jb++)
-            gradient_block(0, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
-        for (int jb = seen.both; jb < seen.end; jb++)
-            gradient_block(1, m, t, keys, rows, L0, NF, G, fresh, Z0, lane, jb * 8);
-    }
+    if (m->dh == 64) tile_gradients_of(64 / PAIR, m, t, keys, rows, L0, NF, G, fresh, Z0);
+    else tile_gradients_of(m->dh / PAIR, m, t, keys, rows, L0, NF, G, fresh, Z0);
 }
 
 /* dZ (floats [j][TILE]: head 0's, or zeros) plus what comes through F: dF = -G, summed over later rows, passes where S
