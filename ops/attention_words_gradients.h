@@ -211,42 +211,59 @@ APART void tile_gradients(gradient_room *m, const gradient_tile *t, const gradie
     else tile_gradients_of(m->dh / PAIR, m, t, keys, rows, L0, NF, G, fresh, Z0);
 }
 
-/* dZ (floats [j][TILE]: head 0's, or zeros) plus what comes through F: dF = -G, summed over later rows, passes where S
-   took the logit L0.  Leaves it as words; dcarry [cols] moves on. */
-APART void selection_words(const sel_attention *a, const gradient_tile *t, const float *L0, const float *G, float *Z0,
-                            float *dcarry)
-{
-    const __m512 zero = _mm512_setzero_ps();
+/* What selection_words has of a tile. */
+typedef struct {
+    const sel_attention *a;
+    const gradient_tile *t;
+    const float *L0, *G, *Z0;
+    bool plain;               /* of these keys S takes all logits, but for relu */
+} selected_tile;
 
-    for (int j = 0; j < t->cols; j++) {
-        float base = dcarry[j];
-        for (int v = t->view.lanes - V16; v >= 0; v -= V16) {
-            if (end_block(&t->view, v) * 8 <= j || first_block(&t->view, v) * 8 > j) continue;
-            const int at = j * TILE + v;
-            const __m512 sum = scan_down(_mm512_sub_ps(zero, _mm512_loadu_ps(G + at)));
-            const __m512 after =
-                _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
-            const __m512 ds = _mm512_add_ps(a->shift ? after : sum, _mm512_set1_ps(base));
-            __mmask16 passes = selects(a, &t->view, v, j, t->col0, t->rows);
-            if (a->relu) passes &= _mm512_cmp_ps_mask(_mm512_loadu_ps(L0 + at), zero, _CMP_GT_OQ);
-            const __m512 z = _mm512_loadu_ps(Z0 + at);
-            _mm512_storeu_ps(Z0 + at, _mm512_mask_add_ps(z, passes, z, ds));
-            base += _mm512_cvtss_f32(sum);
-        }
-        dcarry[j] = base;
-    }
-    for (int lane = 0; lane < t->view.lanes; lane += 32) {
-        const key_blocks seen = seen_blocks(&t->view, lane);
-        for (int j = seen.first * 8; j < seen.end * 8; j += 2) {
+/* dZ of key j and lanes v .. v + 15; base: dF of later rows, grows by that of these. */
+INLINE __m512 selected_gradients(const selected_tile *s, int j, int v, __m512 *base)
+{
+    const __m512 zero = _mm512_setzero_ps(), z = _mm512_loadu_ps(s->Z0 + j * TILE + v);
+    if (j >= s->t->cols) return z;
+    const __m512 sum = scan_down(_mm512_sub_ps(zero, _mm512_loadu_ps(s->G + j * TILE + v)));
+    const __m512 after =
+        _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(sum), 1));
+    const __m512 ds = _mm512_add_ps(s->a->shift ? after : sum, *base);
+    __mmask16 passes = 0xffff;
+    if (!s->plain) passes = selects(s->a, &s->t->view, v, j, s->t->col0, s->t->rows);
+    if (s->a->relu) passes &= _mm512_cmp_ps_mask(_mm512_loadu_ps(s->L0 + j * TILE + v), zero, _CMP_GT_OQ);
+    *base = _mm512_add_ps(*base, _mm512_broadcastss_ps(_mm512_castps512_ps128(sum)));
+    return _mm512_mask_add_ps(z, passes, z, ds);
+}
+
+/* dZ (floats [j][TILE]: head 0's, or zeros) plus what comes through F: dF = -G, summed over later rows, passes where S
+   took the logit L0.  As words; dcarry [cols] moves on. */
+APART void selection_words(const sel_attention *a, const gradient_tile *t, const float *L0, const float *G,
+                            const float *Z0, float *dcarry)
+{
+    const tile_view *const view = &t->view;
+    const bool whole = view->off >= TILE && view->low <= -TILE && t->rows == view->lanes;
+    selected_tile s = { .a = a, .t = t, .L0 = L0, .G = G, .Z0 = Z0 };
+
+    for (int j = 0; j < TILE; j += 2) {
+        __m512 base[2];
+        s.plain = whole && (t->col0 + j > 0 || !a->protect_bos);
+        for (int r = 0; r < 2; r++) base[r] = _mm512_set1_ps(j + r < t->cols ? dcarry[j + r] : 0.0f);
+        for (int lane = view->lanes - 32; lane >= 0; lane -= 32) {
+            const key_blocks seen = seen_blocks(view, lane);
             word *const z = t->z + j * TILE_WORDS + lane / PAIR, *const zk = t->zk + j / PAIR * TILE + lane;
             __m512 x[2], y[2];
-            for (int v = 0; v < 2; v++) {
-                x[v] = _mm512_loadu_ps(Z0 + j * TILE + lane + v * V16);
-                y[v] = _mm512_loadu_ps(Z0 + (j + 1) * TILE + lane + v * V16);
+            if (j < seen.first * 8 || j >= seen.end * 8) continue;
+            x[1] = selected_gradients(&s, j, lane + V16, &base[0]);
+            y[1] = selected_gradients(&s, j + 1, lane + V16, &base[1]);
+            if (j < seen.both * 8) {
+                x[0] = selected_gradients(&s, j, lane, &base[0]);
+                y[0] = selected_gradients(&s, j + 1, lane, &base[1]);
+                store_gradients(0, x, y, z, zk);
+            } else {
+                store_gradients(1, x, y, z, zk);
             }
-            if (j < seen.both * 8) store_gradients(0, x, y, z, zk);
-            else store_gradients(1, x, y, z, zk);
         }
+        for (int r = 0; r < 2 && j + r < t->cols; r++) dcarry[j + r] = _mm512_cvtss_f32(base[r]);
     }
 }
 
@@ -279,14 +296,20 @@ INLINE void query_sum_block(const int nv, int64_t dh, int n, const query_sum *pa
         for (int v = 0; v < nv; v++) _mm512_storeu_ps(C + (j0 + r) * dh + d + v * V16, acc[r][v]);
 }
 
-/* C [cols][dh] (+)= the sum over the queries of n tiles: dV from P and dO, dK from dZ and Q. */
-APART void sum_over_queries(gradient_room *m, int n, const query_sum *part, int cols, float *C, bool fresh)
+INLINE void sum_over_queries_of(const int64_t dh, gradient_room *m, int n, const query_sum *part, int cols, float *C,
+                                bool fresh)
 {
-    const int64_t dh = m->dh;
     for (int64_t d = 0; d < dh; d += 32)
         for (int j0 = 0; j0 < cols; j0 += 8)
             if (d + 32 <= dh) query_sum_block(2, dh, n, part, j0, d, C, fresh, &m->next);
             else query_sum_block(1, dh, n, part, j0, d, C, fresh, &m->next);
+}
+
+/* C [cols][dh] (+)= the sum over the queries of n tiles: dV from P and dO, dK from dZ and Q. */
+APART void sum_over_queries(gradient_room *m, int n, const query_sum *part, int cols, float *C, bool fresh)
+{
+    if (m->dh == 64) sum_over_queries_of(64, m, n, part, cols, C, fresh);
+    else sum_over_queries_of(m->dh, m, n, part, cols, C, fresh);
 }
 
 /* dV, where there are values, and dK of a column tile from n tiles of queries. */
@@ -304,11 +327,9 @@ static void key_gradients(gradient_room *m, int n, const gradient_tile *const *t
     sum_over_queries(m, n, part, t[0]->cols, keys->dk, fresh);
 }
 
-/* dQ^T of a row tile from n tiles of keys. */
-APART void query_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_keys *const *keys,
-                            float *dq, bool fresh)
+INLINE void query_gradients_of(const int64_t dh, gradient_room *m, int n, const gradient_tile *const *t,
+                               const gradient_keys *const *keys, float *dq, bool fresh)
 {
-    const int64_t dh = m->dh;
     for (int lane = 0; lane < t[0]->view.lanes; lane += 32)
         for (int64_t d = 0; d < dh; d += 8) {
             float *const C = dq + d * TILE + lane;
@@ -329,6 +350,14 @@ APART void query_gradients(gradient_room *m, int n, const gradient_tile *const *
             for (int r = 0; r < 8; r++)
                 for (int v = 0; v < 2; v++) _mm512_storeu_ps(C + r * TILE + v * V16, acc[r][v]);
         }
+}
+
+/* dQ^T of a row tile from n tiles of keys. */
+APART void query_gradients(gradient_room *m, int n, const gradient_tile *const *t, const gradient_keys *const *keys,
+                            float *dq, bool fresh)
+{
+    if (m->dh == 64) query_gradients_of(64, m, n, t, keys, dq, fresh);
+    else query_gradients_of(m->dh, m, n, t, keys, dq, fresh);
 }
 
 #endif
