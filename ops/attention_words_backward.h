@@ -73,6 +73,13 @@ static gradient_rows selecting_rows_at(const backward_job *w, int64_t I)
                            .dq = w->scratch + p->dsel_q + I * size};
 }
 
+/* Into the first cache: n values of row i of x, where there is one. */
+INLINE void fetch_row(const float *x, int64_t x_row, int64_t i, int64_t rows, int64_t n)
+{
+    if (i < rows)
+        for (int64_t d = 0; d < n; d += V16) _mm_prefetch((const char *)(x + i * x_row + d), _MM_HINT_T0);
+}
+
 /* n values of each of `most` rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */
 static void copy_rows(word *to, const float *x, int64_t x_row, int real, int most, int64_t n)
 {
@@ -90,6 +97,8 @@ static void copy_pairs(word *to, const float *x, int64_t x_row, int real, int mo
     copy_rows(to, x, x_row, real, most, n);
 #endif
 }
+
+enum { NEAR = 8 };   /* rows fetched ahead of those that are copied */
 
 static word *writable(const backward_job *w, const word *at) { return (word *)w->pack + (at - (const word *)w->pack); }
 
@@ -112,9 +121,17 @@ static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
     const int cols = (int)least(a->i1 - J * TILE, TILE);
     const gradient_keys to = keys_at(w, kh, J);
     const float *const k = a->k + key_place(w, a->k_seq, a->k_row, kh, J);
-    copy_rows(writable(w, to.k), k, a->k_row, cols, TILE, a->dh);
-    if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, TILE, a->dh);
-    copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, TILE, a->dh);
+    const float *const v = a->v + key_place(w, a->v_seq, a->v_row, kh, J);
+    for (int j = 0; j < TILE; j += NEAR) {
+        const int64_t at = j * a->dh / PAIR;
+        for (int i = j + NEAR; i < j + 2 * NEAR; i++) {
+            fetch_row(k, a->k_row, i, cols, a->dh);
+            fetch_row(v, a->v_row, i, cols, a->dh);
+        }
+        copy_rows(writable(w, to.k) + at, k + j * a->k_row, a->k_row, cols - j, NEAR, a->dh);
+        if (WORD_BF16) copy_pairs(writable(w, to.pairs) + at, k + j * a->k_row, a->k_row, cols - j, NEAR, a->dh);
+        copy_rows(writable(w, to.v) + at, v + j * a->v_row, a->v_row, cols - j, NEAR, a->dh);
+    }
     if (kh == 0 && attention_bilinear(a)) {
         const gradient_keys sel = selecting_keys_at(w, J);
         const float *const sel_k = a->sel_k + key_place(w, a->sel_k_seq, a->sel_k_row, 0, J);
@@ -139,16 +156,24 @@ static void pack_rows_at(const backward_job *w, int64_t h, int64_t I, int64_t at
     float *const lse2 = w->pack + p->lse_all + (at * H + h) * TILE;
     float *const delta = w->pack + p->delta_all + (at * H + h) * TILE;
 
-    transpose_words(writable(w, to.qt), q, a->q_row, rows, dh);
-    copy_pairs(writable(w, to.q), q, a->q_row, rows, lanes, dh);
-    transpose_words(writable(w, to.dot), dout, a->out_row, rows, dh);
-    copy_pairs(writable(w, to.dout), dout, a->out_row, rows, lanes, dh);
-    for (int i = 0; i < lanes; i++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; i < rows && d < dh; d += V16)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d), _mm512_loadu_ps(out + i * a->out_row + d),
-                                  sum);
-        delta[i] = _mm512_reduce_add_ps(sum);
+    for (int i0 = 0; i0 < lanes; i0 += V16) {
+        const int64_t at16 = i0 * dh / PAIR;
+        for (int i = i0; i < i0 + V16; i++) {
+            fetch_row(q, a->q_row, i + V16, rows, dh);
+            fetch_row(dout, a->out_row, i, rows, dh);
+            fetch_row(out, a->out_row, i, rows, dh);
+        }
+        transpose_lanes(writable(w, to.qt), q, a->q_row, i0, rows, dh);
+        copy_pairs(writable(w, to.q) + at16, q + i0 * a->q_row, a->q_row, rows - i0, V16, dh);
+        transpose_lanes(writable(w, to.dot), dout, a->out_row, i0, rows, dh);
+        copy_pairs(writable(w, to.dout) + at16, dout + i0 * a->out_row, a->out_row, rows - i0, V16, dh);
+        for (int i = i0; i < i0 + V16; i++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t d = 0; i < rows && d < dh; d += V16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d),
+                                      _mm512_loadu_ps(out + i * a->out_row + d), sum);
+            delta[i] = _mm512_reduce_add_ps(sum);
+        }
     }
     for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
     for (int i = rows; i < lanes; i++) lse2[i] = NO_ROW;
@@ -166,9 +191,12 @@ static void store_columns(const backward_job *w, float *to, int64_t row, const f
 {
     const int64_t dh = w->a->dh;
     const __m512 s = _mm512_set1_ps((float)scale);
-    for (int64_t j = 0; j < TILE && J * TILE + j < w->a->i1; j++)
+    const int64_t cols = least(w->a->i1 - J * TILE, TILE);
+    for (int64_t j = 0; j < cols; j++) {
+        fetch_row(to, row, j + NEAR, cols, dh);
         for (int64_t d = 0; d < dh; d += V16)
             _mm512_storeu_ps(to + j * row + d, _mm512_mul_ps(_mm512_loadu_ps(from + j * dh + d), s));
+    }
 }
 
 /* dK (times 1 / sqrt(dh)) and dV of a column tile; dsel_k. */
@@ -594,7 +622,8 @@ static backward_job new_backward_job(const sel_attention *a, const sel_attention
 {
     float *const base = a->workspace;
     return (backward_job){ .a = a, .g = g, .p = p, .b = b, .thread = thread,
-                           .scratch = base + p->thread0 + thread * p->thread_size, .pack = base + p->pack0 + set * p->pack_size,
+                           .scratch = base + p->thread0 + thread * p->thread_size,
+                           .pack = base + p->pack0 + set * p->pack_size,
                            .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)) } };
 }
 
