@@ -240,7 +240,7 @@ size_t sel_attention_workspace(const sel_attention *a, bool backward)
     SEL_ASSERT(a->heads % a->kv_heads == 0 && (a->window == 0 || a->tau <= 0.0) && !a->sel_q == !a->sel_k);
     SEL_ASSERT(!a->dead_after || (a->selective && a->relu && a->window == 0));
     int64_t most = sel_attention_plan(a, backward).total;
-    if (attention_fits_words(a, backward)) {
+    if (attention_fits_words(a)) {
         const int64_t words = sel_attention_words_plan(a, backward).total;
         const int64_t carry = a->selective && a->window == 0 ? sel_attention_carry_plan(a, backward).total : 0;
         if (words > most) most = words;

@@ -12,25 +12,25 @@ static sel_attention_carry_backward_fn *lower_carry_backward;
 
 static void attention_forward(const sel_attention *a)
 {
-    if (a->bfloat16 && attention_fits_words(a, false)) (a->dead_after ? forward_live : forward_words)(a);
+    if (a->bfloat16 && attention_fits_words(a)) (a->dead_after ? forward_live : forward_words)(a);
     else lower_forward(a);
 }
 
 static void attention_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (a->bfloat16 && attention_fits_words(a, true)) (a->dead_after ? backward_live : backward_words)(a, g);
+    if (a->bfloat16 && attention_fits_words(a)) (a->dead_after ? backward_live : backward_words)(a, g);
     else lower_backward(a, g);
 }
 
 static void attention_carry(const sel_attention *a)
 {
-    if (a->bfloat16 && attention_fits_words(a, false)) carry_words(a);
+    if (a->bfloat16 && attention_fits_words(a)) carry_words(a);
     else lower_carry(a);
 }
 
 static void attention_carry_backward(const sel_attention *a, const sel_attention_grad *g)
 {
-    if (a->bfloat16 && attention_fits_words(a, true)) carry_backward_words(a, g);
+    if (a->bfloat16 && attention_fits_words(a)) carry_backward_words(a, g);
     else lower_carry_backward(a, g);
 }
 

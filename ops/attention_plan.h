@@ -113,12 +113,8 @@ static inline selection_gradients attention_selection_gradients(const sel_attent
                                   .dk = g->dk, .dk_seq = g->dk_seq, .dk_row = g->dk_row };
 }
 
-/* What they do not cover goes to the portable kernel: head widths that are no multiple of 16; windows in backward and
-   so, since each kernel reads only what it saved itself, where forward saves carries. */
-static inline bool attention_fits_words(const sel_attention *a, bool backward)
-{
-    return a->dh % LANES == 0 && (a->window == 0 || (!backward && !(a->selective && a->saved)));
-}
+/* Head widths that are no multiple of 16 go to the portable kernel. */
+static inline bool attention_fits_words(const sel_attention *a) { return a->dh % LANES == 0; }
 
 /* The first `whole` sequences are taken by one thread each, the rest by all threads together. */
 static inline int64_t attention_whole(const sel_attention *a) { return a->B / a->threads * a->threads; }

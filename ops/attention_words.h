@@ -185,22 +185,27 @@ INLINE void row_words(word *w, const float *x, int64_t n)
     if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
 }
 
-/* X [n / PAIR][TILE] words: words of `rows` rows of x (x_row floats apart, n values each), rows in the lanes; of at
-   most 32 rows no more lanes than 32. */
+/* 16 lanes, from i on, of X [n / PAIR][TILE]: words of `rows` rows of x (x_row floats apart, n values each), rows in
+   the lanes, zeros in those beyond. */
+INLINE void transpose_lanes(word *X, const float *x, int64_t x_row, int i, int rows, int64_t n)
+{
+    for (int64_t d = 0; d < n; d += 16 * PAIR) {
+        const bool half = n - d < 16 * PAIR;
+        __m512i a[16];
+        #pragma GCC unroll 16
+        for (int r = 0; r < 16; r++)
+            a[r] = i + r < rows ? words_16(x + (i + r) * x_row + d, half) : _mm512_setzero_si512();
+        transpose_registers(a);
+        #pragma GCC unroll 16
+        for (int r = 0; r < 16; r++)
+            if (r < 8 || !half) _mm512_storeu_si512(X + (d / PAIR + r) * TILE + i, a[r]);
+    }
+}
+
+/* All lanes; of at most 32 rows no more than 32. */
 INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
 {
-    for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16)
-        for (int64_t d = 0; d < n; d += 16 * PAIR) {
-            const bool half = n - d < 16 * PAIR;
-            __m512i a[16];
-            #pragma GCC unroll 16
-            for (int r = 0; r < 16; r++)
-                a[r] = i + r < rows ? words_16(x + (i + r) * x_row + d, half) : _mm512_setzero_si512();
-            transpose_registers(a);
-            #pragma GCC unroll 16
-            for (int r = 0; r < 16; r++)
-                if (r < 8 || !half) _mm512_storeu_si512(X + (d / PAIR + r) * TILE + i, a[r]);
-        }
+    for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16) transpose_lanes(X, x, x_row, i, rows, n);
 }
 
 #if WORD_BF16

@@ -17,6 +17,7 @@ typedef struct {
     const sel_attention_grad *g;
     const words_plan *p;
     int64_t b;
+    int thread;
     float *scratch, *pack;    /* this thread's scratch, this sequence's packed operands */
     bool shared;              /* by all threads: operands are packed before and dq is summed after; else head by head */
     bool around;              /* dq, dk and dv go around the caches */
@@ -26,8 +27,8 @@ typedef struct {
 /* The four tiles that go together: row tiles [I0, I1), column tiles [J0, J1), a group of row tiles from `group`. */
 typedef struct {
     int64_t I0, I1, J0, J1, group;
+    int64_t lowest, highest;      /* [lowest, highest): row tiles that see these column tiles */
     bool first_rows, last_rows;   /* that these column tiles meet: dK and dV start, end here */
-    bool first_columns;           /* that these row tiles meet in this thread: dQ starts here */
 } square_of_tiles;
 
 static gradient_keys keys_at(const backward_job *w, int64_t kh, int64_t J)
@@ -73,6 +74,13 @@ static gradient_rows selecting_rows_at(const backward_job *w, int64_t I)
                            .dq = w->scratch + p->dsel_q + I * size};
 }
 
+/* Into the first cache: n values of row i of x, where there is one. */
+INLINE void fetch_row(const float *x, int64_t x_row, int64_t i, int64_t rows, int64_t n)
+{
+    if (i < rows)
+        for (int64_t d = 0; d < n; d += V16) _mm_prefetch((const char *)(x + i * x_row + d), _MM_HINT_T0);
+}
+
 /* n values of each of `most` rows of x, `real` of them, the rest zero: words by row, or by pairs of rows. */
 static void copy_rows(word *to, const float *x, int64_t x_row, int real, int most, int64_t n)
 {
@@ -90,6 +98,8 @@ static void copy_pairs(word *to, const float *x, int64_t x_row, int real, int mo
     copy_rows(to, x, x_row, real, most, n);
 #endif
 }
+
+enum { NEAR = 8 };   /* rows fetched ahead of those that are copied */
 
 static word *writable(const backward_job *w, const word *at) { return (word *)w->pack + (at - (const word *)w->pack); }
 
@@ -112,9 +122,17 @@ static void pack_columns(const backward_job *w, int64_t kh, int64_t J)
     const int cols = (int)least(a->i1 - J * TILE, TILE);
     const gradient_keys to = keys_at(w, kh, J);
     const float *const k = a->k + key_place(w, a->k_seq, a->k_row, kh, J);
-    copy_rows(writable(w, to.k), k, a->k_row, cols, TILE, a->dh);
-    if (WORD_BF16) copy_pairs(writable(w, to.pairs), k, a->k_row, cols, TILE, a->dh);
-    copy_rows(writable(w, to.v), a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row, cols, TILE, a->dh);
+    const float *const v = a->v + key_place(w, a->v_seq, a->v_row, kh, J);
+    for (int j = 0; j < TILE; j += NEAR) {
+        const int64_t at = j * a->dh / PAIR;
+        for (int i = j + NEAR; i < j + 2 * NEAR; i++) {
+            fetch_row(k, a->k_row, i, cols, a->dh);
+            fetch_row(v, a->v_row, i, cols, a->dh);
+        }
+        copy_rows(writable(w, to.k) + at, k + j * a->k_row, a->k_row, cols - j, NEAR, a->dh);
+        if (WORD_BF16) copy_pairs(writable(w, to.pairs) + at, k + j * a->k_row, a->k_row, cols - j, NEAR, a->dh);
+        copy_rows(writable(w, to.v) + at, v + j * a->v_row, a->v_row, cols - j, NEAR, a->dh);
+    }
     if (kh == 0 && attention_bilinear(a)) {
         const gradient_keys sel = selecting_keys_at(w, J);
         const float *const sel_k = a->sel_k + key_place(w, a->sel_k_seq, a->sel_k_row, 0, J);
@@ -139,16 +157,24 @@ static void pack_rows_at(const backward_job *w, int64_t h, int64_t I, int64_t at
     float *const lse2 = w->pack + p->lse_all + (at * H + h) * TILE;
     float *const delta = w->pack + p->delta_all + (at * H + h) * TILE;
 
-    transpose_words(writable(w, to.qt), q, a->q_row, rows, dh);
-    copy_pairs(writable(w, to.q), q, a->q_row, rows, lanes, dh);
-    transpose_words(writable(w, to.dot), dout, a->out_row, rows, dh);
-    copy_pairs(writable(w, to.dout), dout, a->out_row, rows, lanes, dh);
-    for (int i = 0; i < lanes; i++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; i < rows && d < dh; d += V16)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d), _mm512_loadu_ps(out + i * a->out_row + d),
-                                  sum);
-        delta[i] = _mm512_reduce_add_ps(sum);
+    for (int i0 = 0; i0 < lanes; i0 += V16) {
+        const int64_t at16 = i0 * dh / PAIR;
+        for (int i = i0; i < i0 + V16; i++) {
+            fetch_row(q, a->q_row, i + V16, rows, dh);
+            fetch_row(dout, a->out_row, i, rows, dh);
+            fetch_row(out, a->out_row, i, rows, dh);
+        }
+        transpose_lanes(writable(w, to.qt), q, a->q_row, i0, rows, dh);
+        copy_pairs(writable(w, to.q) + at16, q + i0 * a->q_row, a->q_row, rows - i0, V16, dh);
+        transpose_lanes(writable(w, to.dot), dout, a->out_row, i0, rows, dh);
+        copy_pairs(writable(w, to.dout) + at16, dout + i0 * a->out_row, a->out_row, rows - i0, V16, dh);
+        for (int i = i0; i < i0 + V16; i++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t d = 0; i < rows && d < dh; d += V16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * a->out_row + d),
+                                      _mm512_loadu_ps(out + i * a->out_row + d), sum);
+            delta[i] = _mm512_reduce_add_ps(sum);
+        }
     }
     for (int i = 0; i < rows; i++) lse2[i] = (float)(LOG2E * (double)lse[i]);
     for (int i = rows; i < lanes; i++) lse2[i] = NO_ROW;
@@ -166,9 +192,12 @@ static void store_columns(const backward_job *w, float *to, int64_t row, const f
 {
     const int64_t dh = w->a->dh;
     const __m512 s = _mm512_set1_ps((float)scale);
-    for (int64_t j = 0; j < TILE && J * TILE + j < w->a->i1; j++)
+    const int64_t cols = least(w->a->i1 - J * TILE, TILE);
+    for (int64_t j = 0; j < cols; j++) {
+        fetch_row(to, row, j + NEAR, cols, dh);
         for (int64_t d = 0; d < dh; d += V16)
             _mm512_storeu_ps(to + j * row + d, _mm512_mul_ps(_mm512_loadu_ps(from + j * dh + d), s));
+    }
 }
 
 /* dK (times 1 / sqrt(dh)) and dV of a column tile; dsel_k. */
@@ -187,13 +216,39 @@ static void store_dsel_k(const backward_job *w, int64_t J)
                   selecting_keys_at(w, J).dk, 1.0 / sqrt((double)w->a->dh), J);
 }
 
-/* Threads that have a part of row tile I's dQ: those whose first pair of column tiles does not lie after it. */
+/* Whose are the columns from J on, a pair of tiles?  Dealt 0 .. T-1, T-1 .. 0: early ones are long, late ones short. */
+static int owner(const backward_job *w, int64_t J)
+{
+    const int64_t threads = w->a->threads, k = J / SIDE % (2 * threads);
+    return (int)(k < threads ? k : 2 * threads - 1 - k);
+}
+
+/* Column tiles [seen_from, seen_to) hold the keys that row tile I sees. */
+static int64_t seen_from(const backward_job *w, int64_t I)
+{
+    const int64_t row0 = w->a->i0 + I * TILE;
+    return w->a->window && row0 >= w->a->window ? (row0 - w->a->window + 1) / TILE : 0;
+}
+static int64_t seen_to(const backward_job *w, int64_t I)
+{
+    return (least(w->a->i0 + (I + 1) * TILE, w->a->i1) + TILE - 1) / TILE;
+}
+
+/* Has this thread a part of row tile I's dQ from column tiles before J? */
+static bool has_part(const backward_job *w, int64_t I, int64_t J)
+{
+    const int64_t pair = seen_from(w, I) / SIDE, threads = w->a->threads, round = 2 * threads;
+    if (!w->shared) return pair * SIDE < J;
+    const int64_t up = (w->thread - pair % round + round) % round;   /* pairs until it is this thread's turn */
+    const int64_t down = (round - 1 - w->thread - pair % round + round) % round;
+    return (pair + least(up, down)) * SIDE < J;
+}
+
+/* Threads, from the first on, that have a part of row tile I's dQ: with a window all, if only of zeros. */
 static int sharers(const backward_job *w, int64_t I)
 {
-    const int64_t end = least(w->a->i0 + I * TILE + TILE, w->a->i1);
-    int n = 1;
-    while (n < w->a->threads && n * SIDE * TILE < end) n++;
-    return n;
+    const int64_t pairs = (seen_to(w, I) + SIDE - 1) / SIDE;
+    return w->a->window == 0 && pairs < w->a->threads ? (int)pairs : w->a->threads;
 }
 
 /* Row tile I of dq: the sums of the first `summed` threads, in thread order, turned back to rows. */
@@ -243,7 +298,8 @@ static bool make_tile(const backward_job *w, int64_t I, int64_t J, gradient_tile
     *t = new_gradient_tile(row0 - col0, col0, rows, (int)(a->i1 - col0 < TILE ? a->i1 - col0 : TILE),
                            (word *)(w->scratch + p->pi) + at, (word *)(w->scratch + p->zi) + at,
                            (word *)(w->scratch + p->zk) + at);
-    return I < p->tiles && J < p->columns && row0 + rows > col0;
+    t->view = view_of(row0 - col0, a->window, rows);
+    return I < p->tiles && J >= seen_from(w, I) && J < seen_to(w, I);
 }
 
 /* The memory loss's own part of dF in the arg-max row, of rows from position row0 on (G = -dF; NF = -F, raw). */
@@ -277,9 +333,11 @@ static void rebuild_selection(backward_job *w, const square_of_tiles *u, int64_t
         for (int64_t I = u->group; I < end; I++) {
             if (!make_tile(w, I, J, &t)) continue;
             float *const L0 = panel(w, p->l0, u, I, J);
-            for (int v0 = 0; v0 < t.view.lanes; v0 += 32)
-                product_32(end_block(&t.view, v0 + V16) * 8, kw, k, kw, 1, selecting_rows_at(w, I).qt + v0, TILE,
-                           L0 + v0, TILE, true);
+            for (int lane = 0; lane < t.view.lanes; lane += 32) {
+                const key_blocks seen = seen_blocks(&t.view, lane);
+                product_32((seen.end - seen.first) * 8, kw, k + seen.first * 8 * kw, kw, 1,
+                           selecting_rows_at(w, I).qt + lane, TILE, L0 + seen.first * 8 * TILE + lane, TILE, true);
+            }
             select_words(a, L0, panel(w, p->f, u, I, J), carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
         }
     }
@@ -290,6 +348,28 @@ static void fetch_block(fetch_queue *q, const void *at, int64_t bytes)
     fetch_rows(q, at, CHUNK, bytes / CHUNK, CHUNK);
 }
 
+/* What is packed of head h when a square is met, and where it is packed to: what is needed first last. */
+static void fetch_unpacked(backward_job *w, int64_t h, const square_of_tiles *u)
+{
+    const sel_attention *a = w->a;
+    const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    for (int64_t J = u->J0; J < u->J1 && u->first_rows && !w->shared; J++) {
+        const int64_t cols = least(a->i1 - J * TILE, TILE);
+        fetch_rows(q, a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row * 4, cols, width);
+        fetch_rows(q, a->k + key_place(w, a->k_seq, a->k_row, kh, J), a->k_row * 4, cols, width);
+    }
+    for (int64_t I = u->I0; I < u->I1; I++) {
+        const int64_t rows = least(w->p->rows - I * TILE, TILE);
+        if (w->shared || has_part(w, I, u->J0)) continue;
+        fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+        fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
+        fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
+        fetch_rows(q, a->lse + (w->b * a->heads + h) * w->p->rows + I * TILE, 0, 1, rows * 4);
+    }
+}
+
 /* Asks for what head h needs in a square, what it needs first last. */
 static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
 {
@@ -298,43 +378,33 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
     const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4, size = TILE * width;
     fetch_queue *const q = &w->room.next;
 
-    q->n = 0;
     for (int64_t J = u->J0; J < u->J1 && u->last_rows; J++) {
         const int64_t cols = least(a->i1 - J * TILE, TILE);
         fetch_rows(q, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row * 4, cols, width);
         fetch_rows(q, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row * 4, cols, width);
     }
-    for (int64_t I = u->I0; I < u->I1 && !u->first_columns; I++) fetch_block(q, rows_at(w, h, I).dq, size);
-    for (int64_t J = u->J0; J < u->J1 && !u->first_rows; J++) {
+    for (int64_t I = u->I0; I < u->I1; I++) {
+        const int64_t rows = least(w->p->rows - I * TILE, TILE);
+        if (!w->shared && seen_to(w, I) <= u->J1)
+            fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, rows, width);
+        fetch_block(q, rows_at(w, h, I).dq, size);
+    }
+    for (int64_t J = u->J0; J < u->J1; J++) {
         const gradient_keys keys = keys_at(w, kh, J);
         fetch_block(q, keys.dk, size);
         fetch_block(q, keys.dv, size);
         if (WORD_BF16) fetch_block(q, keys.pairs, size / PAIR);
-    }
-    for (int64_t J = u->J0; J < u->J1; J++) {
-        const int64_t cols = least(a->i1 - J * TILE, TILE);
-        if (u->first_rows && !w->shared) {
-            fetch_rows(q, a->v + key_place(w, a->v_seq, a->v_row, kh, J), a->v_row * 4, cols, width);
-            fetch_rows(q, a->k + key_place(w, a->k_seq, a->k_row, kh, J), a->k_row * 4, cols, width);
-        } else {
-            fetch_block(q, keys_at(w, kh, J).v, size / PAIR);
-            fetch_block(q, keys_at(w, kh, J).k, size / PAIR);
-        }
+        fetch_block(q, keys.v, size / PAIR);
+        fetch_block(q, keys.k, size / PAIR);
     }
     for (int64_t I = u->I0; I < u->I1; I++) {
-        const int64_t rows = least(w->p->rows - I * TILE, TILE);
-        if (u->first_columns && !w->shared) {
-            fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
-            fetch_rows(q, g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, rows, width);
-            fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, rows, width);
-        } else {
-            const gradient_rows r = rows_at(w, h, I);
-            fetch_block(q, r.q, size / PAIR);
-            fetch_block(q, r.dout, size / PAIR);
-            fetch_block(q, r.dot, size / PAIR);
-            fetch_block(q, r.qt, size / PAIR);
-        }
+        const gradient_rows r = rows_at(w, h, I);
+        fetch_block(q, r.q, size / PAIR);
+        fetch_block(q, r.dout, size / PAIR);
+        fetch_block(q, r.dot, size / PAIR);
+        fetch_block(q, r.qt, size / PAIR);
     }
+    fetch_unpacked(w, h, u);
 }
 
 /* What one head works with in a square: tiles by row tile and column tile, where they are seen. */
@@ -345,7 +415,7 @@ typedef struct {
     gradient_rows rows[SIDE];
 } head_square;
 
-/* dV and dK of column c of the square. */
+/* dV and dK of column c of the square; fresh: they start here, even where no row sees the column. */
 static void sum_columns(backward_job *w, const head_square *s, int c, bool fresh)
 {
     const gradient_tile *t[SIDE];
@@ -356,12 +426,19 @@ static void sum_columns(backward_job *w, const head_square *s, int c, bool fresh
             t[n] = &s->tiles[r][c];
             of[n++] = &s->rows[r];
         }
-    if (n) key_gradients(&w->room, n, t, of, &s->keys[c], fresh);
+    if (n) {
+        key_gradients(&w->room, n, t, of, &s->keys[c], fresh);
+    } else if (fresh) {
+        const size_t size = (size_t)(TILE * w->a->dh) * sizeof(float);
+        memset(s->keys[c].dk, 0, size);
+        if (s->keys[c].dv) memset(s->keys[c].dv, 0, size);
+    }
 }
 
-/* dQ of row r of the square; false where there is none. */
-static bool sum_rows_of(backward_job *w, const head_square *s, int r, bool fresh)
+/* dQ of row r of a square; false where there is none, or more to come. */
+static bool sum_rows_of(backward_job *w, const square_of_tiles *u, const head_square *s, int r)
 {
+    const int64_t I = u->I0 + r;
     const gradient_tile *t[SIDE];
     const gradient_keys *of[SIDE];
     int n = 0;
@@ -370,14 +447,8 @@ static bool sum_rows_of(backward_job *w, const head_square *s, int r, bool fresh
             t[n] = &s->tiles[r][c];
             of[n++] = &s->keys[c];
         }
-    if (n) query_gradients(&w->room, n, t, of, s->rows[r].dq, fresh);
-    return n > 0;
-}
-
-/* Do rows of row tile I see nothing after the square? */
-static bool last_columns(const backward_job *w, const square_of_tiles *u, int64_t I)
-{
-    return least(w->a->i0 + (I + 1) * TILE, w->a->i1) <= u->J1 * TILE;
+    if (n) query_gradients(&w->room, n, t, of, s->rows[r].dq, !has_part(w, I, u->J0));
+    return n > 0 && seen_to(w, I) <= u->J1;
 }
 
 /* What comes through F in tile (r, c) of a square: dZ at Z0 becomes words. */
@@ -411,7 +482,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
     }
     for (int64_t r = 0; r < u->I1 - u->I0; r++) {
         s.rows[r] = rows_at(w, h, u->I0 + r);
-        if (u->first_columns && h && !w->shared) pack_rows(w, h, u->I0 + r);
+        if (h && !w->shared && !has_part(w, u->I0 + r, u->J0)) pack_rows(w, h, u->I0 + r);
     }
     for (int64_t c = 0; c < u->J1 - u->J0; c++)
         for (int64_t r = u->I1 - u->I0; r-- > 0;) {
@@ -430,8 +501,7 @@ static void backward_head(backward_job *w, int64_t h, const square_of_tiles *u, 
         if (closes) store_keys(w, kh, u->J0 + c);
     }
     for (int r = 0; r < u->I1 - u->I0; r++)
-        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
-            store_dq(w, h, u->I0 + r, 1);
+        if (sum_rows_of(w, u, &s, r) && !w->shared) store_dq(w, h, u->I0 + r, 1);
 }
 
 /* A selection with rows of its own, after all heads: what comes through F, to dsel_q and dsel_k alone. */
@@ -453,48 +523,98 @@ static void backward_selection(backward_job *w, const square_of_tiles *u, float 
         if (u->last_rows) store_dsel_k(w, u->J0 + c);
     }
     for (int r = 0; r < u->I1 - u->I0; r++)
-        if (sum_rows_of(w, &s, r, u->first_columns) && last_columns(w, u, u->I0 + r) && !w->shared)
-            store_dsel_q(w, u->I0 + r, 1);
+        if (sum_rows_of(w, u, &s, r) && !w->shared) store_dsel_q(w, u->I0 + r, 1);
 }
 
-/* A pair of column tiles: their dK and dV, their part of every row's dQ; first: this thread's first pair. */
-static void backward_columns(backward_job *w, int64_t J0, bool first)
+/* This thread's part of row tile I's dQ: zeros. */
+static void no_part(const backward_job *w, int64_t I)
+{
+    const int64_t size = TILE * w->a->dh;
+    memset(rows_at(w, 0, I).dq, 0, (size_t)(w->a->heads * size) * sizeof(float));
+    if (attention_bilinear(w->a)) memset(selecting_rows_at(w, I).dq, 0, (size_t)size * sizeof(float));
+}
+
+/* A pair of column tiles that no row sees: their dK and dV are zero. */
+static void store_unseen(const backward_job *w, int64_t J0, int64_t J1)
+{
+    const sel_attention *a = w->a;
+    const size_t size = (size_t)(SIDE * a->kv_heads * TILE * a->dh) * sizeof(float);
+
+    memset(w->scratch + w->p->dk, 0, size);
+    memset(w->scratch + w->p->dv, 0, size);
+    if (attention_bilinear(a)) memset(w->scratch + w->p->dsel_k, 0, size / (size_t)a->kv_heads);
+    for (int64_t J = J0; J < J1; J++) {
+        for (int64_t kh = 0; kh < a->kv_heads; kh++) store_keys(w, kh, J);
+        if (attention_bilinear(a)) store_dsel_k(w, J);
+    }
+}
+
+/* Moves u to the rows below it; false where there are none. */
+static bool next_rows(const backward_job *w, square_of_tiles *u)
+{
+    u->I1 = u->I0;
+    if (u->I1 <= u->lowest) return false;
+    u->group = (u->I1 - 1) / w->p->group * w->p->group;
+    u->I0 = (u->I1 - 1) / SIDE * SIDE > u->group ? (u->I1 - 1) / SIDE * SIDE : u->group;
+    u->first_rows = u->I1 == u->highest;
+    u->last_rows = u->I0 <= u->lowest;
+    return true;
+}
+
+/* Puts u on the highest square of a pair of column tiles; false where no row sees them. */
+static bool enter_columns(const backward_job *w, int64_t J0, square_of_tiles *u)
+{
+    *u = (square_of_tiles){ .J0 = J0, .J1 = least(J0 + SIDE, w->p->columns), .highest = w->p->tiles };
+    while (u->lowest < u->highest && seen_to(w, u->lowest) <= u->J0) u->lowest++;
+    while (u->highest > u->lowest && seen_from(w, u->highest - 1) >= u->J1) u->highest--;
+    u->I0 = u->highest;
+    return next_rows(w, u);
+}
+
+/* Asks for what the first head of the next square needs, and for what is packed there of head 0: below u, or where
+   this thread's next pair of columns begins. */
+static void fetch_square(backward_job *w, const square_of_tiles *u)
+{
+    square_of_tiles next = *u;
+    if (!next_rows(w, &next)) {
+        int64_t J = u->J0 + SIDE;
+        while (w->shared && J < w->p->columns && owner(w, J) != w->thread) J += SIDE;
+        if (J >= w->p->columns || !enter_columns(w, J, &next)) return;
+    }
+    fetch_head(w, w->a->heads > 1, &next);
+    if (w->a->heads > 1) fetch_unpacked(w, 0, &next);
+}
+
+/* A pair of column tiles: their dK and dV, their part of every row's dQ. */
+static void backward_columns(backward_job *w, int64_t J0)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
-    const int64_t J1 = J0 + SIDE < p->columns ? J0 + SIDE : p->columns;
     float dcarry[SIDE][TILE] = { { 0 } };
+    square_of_tiles u;
+    bool more = enter_columns(w, J0, &u);
 
-    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < J1 * TILE; j++)
+    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_in && j < a->i1 && j < u.J1 * TILE; j++)
         dcarry[j / TILE - J0][j % TILE] = w->g->dcarry_in[w->b * a->carry_seq + j];
-
-    const int64_t lowest = J0 * TILE > a->i0 ? (J0 * TILE - a->i0) / TILE : 0;   /* the first row tile that sees them */
-    for (int64_t group = p->groups - 1; group >= 0; group--) {
-        const int64_t G0 = group * p->group, G1 = least(G0 + p->group, p->tiles);
-        square_of_tiles u = { .J0 = J0, .J1 = J1, .group = G0, .first_columns = first };
-        if (G1 <= lowest) break;
-        if (!w->shared) {   /* head 0 comes last, but its logits come first */
-            for (int64_t J = J0; J < J1 && G1 == p->tiles; J++) pack_columns(w, 0, J);
-            for (int64_t I = G0; I < G1 && first; I++) pack_rows(w, 0, I);
+    if (!more) store_unseen(w, J0, u.J1);
+    for (; more; more = next_rows(w, &u)) {
+        const int64_t end = least(u.group + p->group, u.highest);
+        if (u.I1 == end) {   /* a new group of row tiles */
+            for (int64_t J = J0; J < u.J1 && u.first_rows && !w->shared; J++) pack_columns(w, 0, J);
+            for (int64_t I = u.group; I < end && !w->shared; I++)   /* head 0 comes last, but its logits come first */
+                if (!has_part(w, I, J0)) pack_rows(w, 0, I);
+            if (a->selective) rebuild_selection(w, &u, end);
         }
-        if (a->selective) rebuild_selection(w, &u, G1);
-        for (u.I1 = G1; u.I1 > G0 && u.I1 > lowest; u.I1 = u.I0) {
-            u.I0 = (u.I1 - 1) / SIDE * SIDE > G0 ? (u.I1 - 1) / SIDE * SIDE : G0;
-            u.first_rows = u.I1 == p->tiles;
-            u.last_rows = u.I0 <= lowest;
-            square_of_tiles below = u;
-            below.I1 = u.I0;
-            below.I0 = u.I0 > SIDE ? u.I0 - SIDE : 0;
-            below.first_rows = false;
-            /* Head 0 last: its dF needs the other heads'. */
-            for (int64_t n = 1; n <= a->heads; n++) {
-                fetch_head(w, (n + 1) % a->heads, n < a->heads ? &u : &below);
-                backward_head(w, n % a->heads, &u, dcarry);
-            }
-            if (attention_bilinear(a)) backward_selection(w, &u, dcarry);
+        /* Head 0 last: its dF needs the other heads'. */
+        for (int64_t n = 1; n <= a->heads; n++) {
+            w->room.next.n = 0;
+            if (n < a->heads) fetch_head(w, (n + 1) % a->heads, &u);
+            else fetch_square(w, &u);
+            backward_head(w, n % a->heads, &u, dcarry);
         }
+        if (attention_bilinear(a)) backward_selection(w, &u, dcarry);
     }
-    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < J1 * TILE; j++)
+    for (int64_t j = J0 * TILE; a->selective && w->g->dcarry_out && j < a->i1 && j < u.J1 * TILE; j++)
         w->g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j / TILE - J0][j % TILE];
 }
 
@@ -502,7 +622,8 @@ static backward_job new_backward_job(const sel_attention *a, const sel_attention
                                      int64_t b, int thread, int set)
 {
     float *const base = a->workspace;
-    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .scratch = base + p->thread0 + thread * p->thread_size,
+    return (backward_job){ .a = a, .g = g, .p = p, .b = b, .thread = thread,
+                           .scratch = base + p->thread0 + thread * p->thread_size,
                            .pack = base + p->pack0 + set * p->pack_size,
                            .room = { .dh = a->dh, .scale = (float)(LOG2E / sqrt((double)a->dh)) } };
 }
@@ -515,12 +636,12 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
-        for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J, J == 0);
+        for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J);
     }
     for (int64_t b = whole; b < a->B; b++) {
         #pragma omp parallel num_threads(a->threads)
         {
-            const int thread = omp_get_thread_num(), threads = a->threads;
+            const int thread = omp_get_thread_num();
             const backward_job zero = new_backward_job(a, g, &p, b, 0, 0);
             backward_job w = new_backward_job(a, g, &p, b, thread, 0);
             w.shared = true;
@@ -530,11 +651,10 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)
                 for (int64_t h = 0; h < a->heads; h++) pack_rows(&w, h, I);
-            /* Pairs of columns dealt 0 .. T-1, T-1 .. 0: early ones are long, late ones short. */
-            for (int64_t J = 0; J < p.columns; J += SIDE) {
-                const int64_t k = J / SIDE % (2 * threads);
-                if (k == thread || k == 2 * threads - 1 - thread) backward_columns(&w, J, J / SIDE == thread);
-            }
+            for (int64_t J = 0; J < p.columns; J += SIDE)
+                if (owner(&w, J) == thread) backward_columns(&w, J);
+            for (int64_t I = 0; I < p.tiles && a->window; I++)
+                if (!has_part(&w, I, seen_to(&w, I))) no_part(&w, I);
             #pragma omp barrier
             #pragma omp for collapse(2) schedule(static)
             for (int64_t I = 0; I < p.tiles; I++)

@@ -13,7 +13,7 @@
 /* ---- one tile of one head: knows its operands, not where in a sequence they lie ---- */
 
 /* Memory that comes next, fetched into cache a few lines at a time while products run. */
-enum { CHUNK = 256, RANGES = 64 };
+enum { CHUNK = 256, RANGES = 96 };
 
 typedef struct {
     struct {

@@ -31,6 +31,7 @@ static void check_drawn(int number)
     a.H = a.Hkv * between(1, 3);
     a.N = between(0, 1) ? one_of(lengths, 13) : between(4, 150);
     a.window = between(0, 3) ? 0 : between(1, a.N + 5);
+    if (a.window && between(0, 1)) a.N += between(1, 250);   /* keys that rows of several tiles no longer see */
     a.tau = between(0, 1) ? 0.3 + random_uniform() : 0.0;
     const int threads = (int)between(1, 3);
     const arrangement how = between(0, 1) ? PACKED : APART;
