@@ -413,6 +413,12 @@ static head_rows rows_of(const forward_job *w, int64_t h)
                         .o = w->scratch + w->p->ot + at * size, .m = m, .l = m + TILE };
 }
 
+/* Where Q^T of a head lies.  There is room for two: the next head's is made before this head's results are written. */
+static word *qt_of(const forward_job *w, int64_t h)
+{
+    return (word *)(w->scratch + w->p->qt) + (w->p->slots > 1 ? h : h % 2) * w->a->dh * TILE / PAIR;
+}
+
 static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
 {
     return w->a->q + w->b * w->a->q_seq + (t->row0 - w->a->i0) * w->a->q_row + h * w->a->dh;
@@ -454,7 +460,7 @@ static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
 }
 
 /* Asks for what comes after tile n of head h in the super-block [n0, n1) of a row tile: the keys of the next tile, and
-   in good time the next head's rows and the lines that this head's results go to. */
+   in good time the next head's rows. */
 static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, int64_t n0, int64_t n1)
 {
     const sel_attention *a = w->a;
@@ -465,7 +471,6 @@ static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, 
     fetch_queue *const q = &w->room.next;
 
     if (n == n0) q->n = 0;
-    if (n == count - 1) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, bytes);
     if (n == n0 && more) {
         const head_rows r = rows_of(w, next_h);
         if (next_n == 0) {
@@ -495,12 +500,14 @@ INLINE __m512 log2_ps(__m512 x, __m512 *e)
     return _mm512_mul_ps(p, s);
 }
 
-/* out and lse of one head of a row tile. */
+/* out and lse of one head of a row tile.  Whole tiles go past the caches: rows that have to be read first, and then wait
+   for a place among operands, cost more than the products of a quarter tile. */
 static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
     const head_rows r = rows_of(w, h);
     float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
+    const bool past = t->rows == TILE && ((uintptr_t)out | (uintptr_t)(a->out_row * 4)) % 64 == 0;
 
     for (int i0 = 0; i0 < t->rows; i0 += V16) {
         const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;
@@ -523,11 +530,18 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             for (int k = 0; k < 16; k++)
                 x[k] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(r.o + (d + k) * TILE + i0), inverse));
             transpose_registers(x);
-            #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                if (i < n) _mm512_storeu_si512(out + (i0 + i) * a->out_row + d, x[i]);
+            float *const to = out + i0 * a->out_row + d;
+            if (past) {
+                #pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) _mm512_stream_si512((__m512i *)(void *)(to + i * a->out_row), x[i]);
+            } else {
+                #pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    if (i < n) _mm512_storeu_si512(to + i * a->out_row, x[i]);
+            }
         }
     }
+    if (h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */
@@ -563,13 +577,12 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     word *const sel_qt = (word *)(w->scratch + p->sel_qt);
 
     if (bilinear) transpose_selecting(w, &t, sel_qt);
+    transpose_words(qt_of(w, 0), q_of(w, &t, 0), a->q_row, t.rows, a->dh);
     for (int64_t n0 = 0; n0 < count; n0 += SUPER) {
         const int64_t n1 = n0 + SUPER < count ? n0 + SUPER : count;
         for (int64_t h = 0; h < a->heads; h++) {
-            const head_rows rows = rows_of(w, h);
-            if (n0 == 0)
-                transpose_words((word *)(w->scratch + p->qt) + slot(w, h) * a->dh / PAIR * TILE, q_of(w, &t, h),
-                                a->q_row, t.rows, a->dh);
+            head_rows rows = rows_of(w, h);
+            rows.q = qt_of(w, h);
             for (int64_t n = n0; n < n1; n++) {
                 const int64_t J = visited(w, &t, n), col0 = J * TILE, off = t.row0 - col0;
                 const tile_view view = view_of(off, a->window, t.rows);
@@ -590,6 +603,8 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 }
                 attend_tile(&w->room, &keys, &rows, &view, h == 0 ? raw : NULL, a->selective ? NF : NULL, n == 0);
             }
+            if (n0 == 0 && h + 1 < a->heads)
+                transpose_words(qt_of(w, h + 1), q_of(w, &t, h + 1), a->q_row, t.rows, a->dh);
             if (n1 == count) finish_rows(w, &t, h);
         }
     }
