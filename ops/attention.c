@@ -197,7 +197,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     }
     p.pack0 = end;
     p.pack_size = pack;
-    p.total = end + pack * (a->B >= a->threads ? a->threads : 1);
+    p.total = end + pack * (!backward || a->B >= a->threads ? a->threads : 1);   /* forward: one a thread */
     return p;
 }
 

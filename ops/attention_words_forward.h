@@ -298,8 +298,8 @@ typedef struct {
     const words_plan *p;
     int64_t b;                /* sequence */
     float *scratch;           /* this thread's */
-    float *pack;              /* this sequence's packed operands */
-    bool packed;              /* all of them are there; else each row tile packs the keys that are new in it */
+    float *pack;              /* this sequence's packed operands, as far as this thread met them */
+    int64_t packed;           /* column tiles that are there; each row tile packs the keys that are new in it */
     tile_room room;
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
@@ -392,7 +392,7 @@ static row_tile row_tile_of(const forward_job *w, int64_t I)
     const int64_t oldest = a->window && row0 >= a->window ? row0 - a->window + 1 : 0;
     return (row_tile){ .I = I, .row0 = row0, .rows = (int)(end - row0), .J0 = oldest / TILE,
                        .J1 = (end + TILE - 1) / TILE,
-                       .fresh = w->packed ? w->p->columns : I ? (row0 + TILE - 1) / TILE : 0 };
+                       .fresh = w->packed };
 }
 
 /* Column tiles are visited in rising order, with a window in falling order: the first one must have keys that all rows
@@ -466,10 +466,11 @@ static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, 
     const sel_attention *a = w->a;
     const int64_t bytes = a->dh * 4, count = t->J1 - t->J0;
     const bool same_tile = h + 1 < a->heads || n1 < count, more = same_tile || t->I + 1 < w->p->tiles;
-    const row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
+    row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
     const int64_t next_h = h + 1 < a->heads ? h + 1 : 0, next_n = h + 1 < a->heads ? n0 : n1 < count ? n1 : 0;
     fetch_queue *const q = &w->room.next;
 
+    if (!same_tile && t->J1 > after.fresh) after.fresh = t->J1;
     if (n == n0) q->n = 0;
     if (n == n0 && more) {
         const head_rows r = rows_of(w, next_h);
@@ -608,6 +609,7 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
             if (n1 == count) finish_rows(w, &t, h);
         }
     }
+    if (t.J1 > w->packed) w->packed = t.J1;
     for (int i = 0; memory && i < t.rows; i++) {
         const double needed = (double)(t.row0 + i + 1) - rowsum[i];
         if (needed > w->m_max || (needed == w->m_max && t.row0 + i < w->m_row)) {
@@ -697,24 +699,26 @@ static void carry_column(const forward_job *w, int64_t J)
     }
 }
 
-/* One sequence by all threads: carries of all groups first, then the groups are independent. */
+/* One sequence by all threads: carries of all groups first, then the groups are independent.  Each thread packs the keys
+   for itself: beside products that takes less time than all together take before them, waiting for memory. */
 static void forward_shared(const sel_attention *a, const words_plan *p, int64_t b)
 {
     forward_job best = new_forward_job(a, p, b, 0, 0);
     #pragma omp parallel num_threads(a->threads)
     {
-        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), 0);
+        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), omp_get_thread_num());
         float *const carry = w.scratch + p->carry;
 
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) {
-            pack_keys(&w, 0, a->kv_heads, J);
-            if (a->selective) carry_column(&w, J);
+            if (!a->selective) continue;
+            pack_keys(&w, 0, 1, J);
+            carry_column(&w, J);
         }
-        w.packed = true;
         #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < p->groups; k++) {   /* later groups see more keys: the dearest first */
             const int64_t g = p->groups - 1 - k;
+            if (a->window) w.packed = 0;   /* those before the last group's windows are not there */
             if (a->selective) memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
             if (a->selective && g == p->groups - 1) end_carry(&w, carry);
