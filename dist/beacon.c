@@ -190,6 +190,7 @@ bool sel_beacon_receive(sel_beacon *b, sel_beacon_news *news)
         if (b->center && (d.news.host < 1 || d.news.host >= b->n)) continue;
         if (b->center) b->to[d.news.host] = from;
         d.news.pulse.phase[SEL_PULSE_NAME - 1] = d.news.pulse.collective[SEL_PULSE_NAME - 1] = '\0';
+        d.news.pulse.exchange[SEL_PULSE_NAME - 1] = '\0';
         *news = d.news;
         return true;
     }

@@ -3,13 +3,13 @@
 
 #include <mpi.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -17,13 +17,14 @@
 
 #include "core/base/clock.h"
 #include "core/base/mem.h"
+#include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 
 #define ALIGNMENT ((size_t)64)
 #define SHARED_DIR "/dev/shm" /* where MPI libraries keep shared memory on Linux */
 
 struct sel_host_window {
-    sel_comm *comm; /* not owned */
+    sel_comm *group; /* not owned */
     MPI_Win win;
     void **parts;   /* [host_size] */
 };
@@ -43,18 +44,23 @@ static sel_status room(size_t bytes, const char *what)
     return SEL_OK;
 }
 
-/* Makes the pages of this rank's part now, on its own memory node; a failure is told instead of a signal later. */
-static sel_status populate(void *part, size_t bytes, const char *what)
+/* Makes the pages of this rank's part now, on its own memory node, and zeroes them.  The kernel does it: where it finds
+   no page it returns an error, while a store would end in a signal. */
+static sel_status populate(char *part, size_t bytes, const char *what)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)part / page * page;
-#ifdef MADV_POPULATE_WRITE
-    /* EINVAL: a kernel before 5.14 */
-    if (madvise((void *)at, (uintptr_t)part + bytes - at, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
-        return sel_fail(SEL_ENOMEM, "%s: the host does not give the %.1f MiB of shared memory that it promised: %s",
-                        what, (double)bytes / 0x1p20, strerror(errno));
-#endif
-    memset(part, 0, bytes);
-    return SEL_OK;
+    const int zeros = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+    size_t at = 0;
+
+    if (zeros < 0) return sel_fail(SEL_EIO, "%s: /dev/zero: %s", what, strerror(errno));
+    while (at < bytes) {
+        const ssize_t n = read(zeros, part + at, bytes - at);
+        if (n > 0) at += (size_t)n;
+        else if (n == 0 || errno != EINTR) break;
+    }
+    close(zeros);
+    if (at == bytes) return SEL_OK;
+    return sel_fail(SEL_ENOMEM, "%s: the host gives only %.1f of the %.1f MiB of shared memory that it promised", what,
+                    (double)at / 0x1p20, (double)bytes / 0x1p20);
 }
 
 static void *aligned(void *p)
@@ -63,9 +69,10 @@ static void *aligned(void *p)
     return (void *)(((uintptr_t)p + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
-sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, size_t bytes, const char *what)
+sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, sel_comm *group, size_t bytes, const char *what)
 {
     const size_t part = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT;
+    const size_t ranks = (size_t)group->host_size;
     sel_host_window *w = NULL;
     sel_status rc;
     void *mine;
@@ -75,12 +82,15 @@ sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, size_t bytes,
     CK(c, MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_UINT64_T, MPI_SUM, c->host));
     rc = c->host_rank == 0 ? room(all, what) : SEL_OK;
     if (rc == SEL_OK && !(w = calloc(1, sizeof *w))) rc = sel_fail(SEL_ENOMEM, "%s: out of memory", what);
-    if (w && !(w->parts = calloc((size_t)c->host_size, sizeof *w->parts)))
+    if (w && !(w->parts = calloc(ranks, sizeof *w->parts)))
         rc = sel_fail(SEL_ENOMEM, "%s: out of memory", what);
     if ((rc = sel_comm_agree(c, rc)) != SEL_OK) goto fail;
 
-    w->comm = c;
-    const int code = MPI_Win_allocate_shared((MPI_Aint)part, 1, MPI_INFO_NULL, c->host, &mine, &w->win);
+    w->group = group;
+    /* A library that fails in it on one rank alone leaves the others there: the watchdog names it. */
+    sel_pulse_enter("MPI_Win_allocate_shared");
+    const int code = MPI_Win_allocate_shared((MPI_Aint)part, 1, MPI_INFO_NULL, group->host, &mine, &w->win);
+    sel_pulse_leave();
     if (code != MPI_SUCCESS) {
         char text[MPI_MAX_ERROR_STRING] = "unknown MPI error";
         int length;
@@ -88,21 +98,24 @@ sel_status sel_host_window_new(sel_host_window **out, sel_comm *c, size_t bytes,
         w->win = MPI_WIN_NULL;
         rc = sel_fail(SEL_ENOMEM, "%s: MPI_Win_allocate_shared: %.200s", what, text);
     }
-    if ((rc = sel_comm_agree(c, rc)) != SEL_OK) goto fail;
+    if ((rc = sel_comm_agree(c, rc)) != SEL_OK) {
+        w->win = MPI_WIN_NULL; /* not all have one, and to free it takes all */
+        goto fail;
+    }
 
-    for (int r = 0; r < c->host_size; r++) {
+    for (int r = 0; r < group->host_size; r++) {
         MPI_Aint size;
         int unit;
         CK(c, MPI_Win_shared_query(w->win, r, &size, &unit, &w->parts[r]));
         w->parts[r] = aligned(w->parts[r]);
     }
     CK(c, MPI_Win_lock_all(MPI_MODE_NOCHECK, w->win));
-    rc = sel_comm_agree(c, populate(w->parts[c->host_rank], bytes, what));
+    rc = sel_comm_agree(c, populate(w->parts[group->host_rank], bytes, what));
     if (rc != SEL_OK) goto fail;
     *out = w;
     return SEL_OK;
 fail:
-    if (w && w->comm && w->win != MPI_WIN_NULL) {
+    if (w && w->group && w->win != MPI_WIN_NULL) {
         sel_host_window_free(&w);
     } else if (w) {
         free(w->parts);
@@ -120,7 +133,7 @@ void sel_host_window_free(sel_host_window **window)
     MPI_Finalized(&over);
     if (!over) {
         MPI_Win_unlock_all(w->win); /* fails harmlessly where the lock was never taken */
-        CK(w->comm, MPI_Win_free(&w->win));
+        CK(w->group, MPI_Win_free(&w->win));
     }
     free(w->parts);
     free(w);
@@ -129,7 +142,7 @@ void sel_host_window_free(sel_host_window **window)
 
 void *sel_host_window_part(const sel_host_window *w, int host_rank)
 {
-    SEL_ASSERT(host_rank >= 0 && host_rank < w->comm->host_size);
+    SEL_ASSERT(host_rank >= 0 && host_rank < w->group->host_size);
     return w->parts[host_rank];
 }
 

@@ -1,8 +1,8 @@
 /* host.h: memory that the ranks of a host share.
  *
  * Ranks of a host are neighbours in the world (comm.h), host_rank 0 .. host_size - 1.
- * A window is one piece of memory a rank; every rank of the host reads and writes all of
- * them by loads and stores.  The order of such accesses is the caller's matter: atomics,
+ * A window is one piece of memory a rank; every rank of the host, or of a group's on it,
+ * reads and writes all of them by loads and stores.  The order of such accesses is the caller's matter: atomics,
  * or the counters below.
  */
 #ifndef SEL_DIST_HOST_H
@@ -15,14 +15,17 @@
 
 typedef struct sel_host_window sel_host_window;
 
-/* [collective, all ranks of c] A window with `bytes` bytes of this rank (which may differ), zeroed, at multiples
-   of 64 bytes, on memory near the rank that owns it.  SEL_ENOMEM on all ranks, with the line of a rank that could not (SEL_EIO, where the host lends no shared memory at all): *w is NULL then.  `what` names it in messages. */
-sel_status sel_host_window_new(sel_host_window **w, sel_comm *c, size_t bytes, const char *what);
+/* [collective, all ranks of c] A window with `bytes` bytes of this rank (which may differ), zeroed, at multiples of 64
+   bytes, on memory near the rank that owns it, for those ranks of `group` that are on one host.  group: c, or what
+   sel_comm_split made of c; then all groups make theirs at once, and the host must have room for all of them.
+   SEL_ENOMEM on all ranks of c, with the line of a rank that could not (SEL_EIO, where the host lends no shared memory
+   at all): *w is NULL then.  `what` names it in messages. */
+sel_status sel_host_window_new(sel_host_window **w, sel_comm *c, sel_comm *group, size_t bytes, const char *what);
 
-/* [collective] NULL is fine; sets *w to NULL. */
+/* [collective, all ranks of the group] NULL is fine; sets *w to NULL. */
 void sel_host_window_free(sel_host_window **w);
 
-/* The part of that rank of this host. */
+/* The part of that rank of the group on this host. */
 void *sel_host_window_part(const sel_host_window *w, int host_rank);
 
 /* [collective, ranks of the host] Returns when all of them have called it; what they stored before is seen. */

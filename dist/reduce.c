@@ -102,7 +102,7 @@ static sel_status make_arrays(sel_reducer *r)
                  r->opt.sequence > 1 ? "sequence groups on several hosts do not fit into the fixed tree"
                                      : "hosts with unlike numbers of ranks, or not powers of two, do not fit into the "
                                        "fixed tree");
-    } else if ((rc = sel_host_window_new(&r->window, r->comm, bytes, what)) == SEL_OK) {
+    } else if ((rc = sel_host_window_new(&r->window, r->comm, r->comm, bytes, what)) == SEL_OK) {
         hosts = true;
     } else {
         snprintf(r->note, sizeof r->note, "ranks of a host reduce by MPI, which is slower: %.400s", sel_error());

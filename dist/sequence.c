@@ -8,10 +8,12 @@
 #include <string.h>
 
 #include "core/base/clock.h"
+#include "core/base/fault.h"
 #include "core/base/mem.h"
 #include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 #include "dist/host.h"
+#include "dist/tree.h"
 
 enum { TAG_KEYS, TAG_SUMS, TAG_GRADIENTS };
 
@@ -29,6 +31,7 @@ struct sel_sequence {
     uint32_t stage, ended;        /* this rank's; that in which it last ended the use of keys */
 
     float *keys;                  /* the group's in a window, else this rank's */
+    uint16_t *keys16;             /* as messages carry them: [places][batch][each][width]; bfloat16 only */
     float **sums;                 /* [places] */
     float **gradients;            /* [places]; without a window only this rank's own */
     MPI_Request *requests;        /* [most] */
@@ -108,6 +111,7 @@ static size_t lay_out(sel_sequence *q, char *base, int r, bool shared)
         for (int p = 0; p < q->places; p++)
             if (owner_of(q, p) != r) q->sums[p] = take_floats(&t, q->opt.batch * q->row);
     if (r == 0 || !shared) q->keys = take_floats(&t, keys_floats(q));
+    if (q->opt.bfloat16 && !shared) q->keys16 = take(&t, (size_t)keys_floats(q) * sizeof *q->keys16);
     return t.used;
 }
 
@@ -133,20 +137,15 @@ static sel_status make_arrays(sel_sequence *q)
     const int me = q->opt.chunks.rank, ranks = q->opt.chunks.ranks;
     static const char what[] = "keys of a shared sequence";
     double apart = sel_comm_hosts(q->group) > 1;
-    sel_status rc = SEL_OK;
+    sel_status rc;
 
     sel_comm_max_doubles(q->comm, &apart, 1);
     if (q->opt.no_window) {
         snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, as dist.shared_memory asks");
     } else if (apart > 0.0) {
         snprintf(q->note, sizeof q->note, "sequence groups reach over several hosts: they exchange keys by MPI");
-    } else {
-        rc = sel_host_window_new(&q->window, q->group, lay_out(q, NULL, me, true), what);
-        if ((rc = sel_comm_agree(q->comm, rc)) != SEL_OK) {
-            snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, which is slower: %.400s",
-                     sel_error());
-            sel_host_window_free(&q->window);
-        }
+    } else if (sel_host_window_new(&q->window, q->comm, q->group, lay_out(q, NULL, me, true), what) != SEL_OK) {
+        snprintf(q->note, sizeof q->note, "sequence groups exchange keys by MPI, which is slower: %.400s", sel_error());
     }
     if (q->window) {
         size_t all = 0;
@@ -226,9 +225,18 @@ size_t sel_sequence_bytes(const sel_sequence *q)
 
 /* ---- waiting */
 
+/* From here on it waits; the time now. */
+static double wait_for(const char *what)
+{
+    sel_pulse_exchange(what);
+    sel_fault_within(what);
+    return sel_now();
+}
+
 static void waited(sel_sequence *q, double since)
 {
     const double seconds = sel_now() - since;
+    sel_pulse_exchange(NULL);
     q->wire.wait_seconds += seconds;
     q->wire.busy_seconds += seconds;
 }
@@ -242,22 +250,19 @@ static void arrive(sel_sequence *q)
 /* Window: until all have come to a stage. */
 static void await(sel_sequence *q, uint32_t stage, const char *what)
 {
-    sel_pulse_group(what);
-    const double begun = sel_now();
+    const double begun = wait_for(what);
     for (int r = 0; r < q->opt.chunks.ranks; r++)
         for (sel_host_waiter w = {0}; !sel_host_reached(q->counts[r], stage);)
             sel_host_pause(q->comm, &w, q->counts[r], stage, false);
     waited(q, begun);
-    sel_pulse_tick();
 }
 
 /* Messages: until all that has been started is done. */
 static void complete(sel_sequence *q, const char *what)
 {
+    const double begun = wait_for(what);
     int done = 0;
 
-    sel_pulse_group(what);
-    const double begun = sel_now();
     for (sel_host_waiter w = {0};;) {
         CK(q->comm, MPI_Testall(q->n_requests, q->requests, &done, q->statuses));
         if (done) break;
@@ -265,29 +270,35 @@ static void complete(sel_sequence *q, const char *what)
     }
     q->n_requests = 0;
     waited(q, begun);
-    sel_pulse_tick();
 }
 
-/* `blocks` blocks of `count` floats, `stride` apart, to or from another rank. */
+/* A message to or from another rank of what lies at `at`. */
+static void send_or_receive(sel_sequence *q, bool sends, void *at, int count, MPI_Datatype type, int peer, int tag)
+{
+    MPI_Comm const world = q->group->world;
+
+    SEL_ASSERT(q->n_requests < q->most);
+    MPI_Request *const r = &q->requests[q->n_requests++];
+    if (sends) CK(q->comm, MPI_Isend(at, count, type, peer, tag, world, r));
+    else CK(q->comm, MPI_Irecv(at, count, type, peer, tag, world, r));
+}
+
+/* `blocks` blocks of `count` floats, `stride` apart. */
 static void message(sel_sequence *q, bool sends, float *at, int64_t blocks, int64_t count, int64_t stride, int peer,
                     int tag)
 {
     MPI_Datatype type;
-    MPI_Comm const world = q->group->world;
 
-    SEL_ASSERT(q->n_requests < q->most);
     CK(q->comm, MPI_Type_create_hvector((int)blocks, (int)count, (MPI_Aint)(stride * (int64_t)sizeof *at), MPI_FLOAT,
                                          &type));
     CK(q->comm, MPI_Type_commit(&type));
-    MPI_Request *const r = &q->requests[q->n_requests++];
-    if (sends) CK(q->comm, MPI_Isend(at, 1, type, peer, tag, world, r));
-    else CK(q->comm, MPI_Irecv(at, 1, type, peer, tag, world, r));
+    send_or_receive(q, sends, at, 1, type, peer, tag);
     CK(q->comm, MPI_Type_free(&type));
 }
 
-/* Counts what goes from this rank to those for which `wanted` says so: by the wire, where to other hosts, of which each
-   must get it once. */
-static void count_sent(sel_sequence *q, int64_t floats, const bool *wanted)
+/* Counts `bytes` that go from this rank to those for which `wanted` says so: by the wire, where to other hosts, of which
+   each must get it once. */
+static void count_sent(sel_sequence *q, double bytes, const bool *wanted)
 {
     const int me = q->opt.chunks.rank, ranks = q->opt.chunks.ranks;
 
@@ -295,8 +306,8 @@ static void count_sent(sel_sequence *q, int64_t floats, const bool *wanted)
         bool first = true;
         if (!wanted[r] || q->hosts[r] == q->hosts[me]) continue;
         for (int p = 0; p < r; p++) first = first && !(wanted[p] && q->hosts[p] == q->hosts[r]);
-        q->wire.wire_bytes += 4.0 * (double)floats;
-        if (first) q->wire.wire_least += 4.0 * (double)floats;
+        q->wire.wire_bytes += bytes;
+        if (first) q->wire.wire_least += bytes;
     }
 }
 
@@ -304,13 +315,31 @@ static void count_sent(sel_sequence *q, int64_t floats, const bool *wanted)
 
 float *sel_sequence_begin(sel_sequence *q)
 {
-    if (q->window) await(q, q->ended, "keys_begin");
+    if (q->window) await(q, q->ended, "the room for keys");
     return q->keys;
 }
 
 static bool reads(const sel_sequence *q, int rank, int place)
 {
     return place <= last_place(q, rank);
+}
+
+/* Keys of the chunk at a place as messages carry them in bfloat16. */
+static uint16_t *carried(const sel_sequence *q, int place)
+{
+    return q->keys16 + place * q->opt.batch * q->opt.chunks.each * q->opt.width;
+}
+
+/* The keys of a chunk, to or from another rank. */
+static void key_message(sel_sequence *q, bool sends, int place, int64_t batch, int peer)
+{
+    const int64_t count = q->opt.chunks.each * q->opt.width;
+
+    if (q->opt.bfloat16)
+        send_or_receive(q, sends, carried(q, place), (int)(batch * count), MPI_UINT16_T, peer, TAG_KEYS);
+    else
+        message(q, sends, q->keys + begin_of(q, place) * q->opt.width, batch, count,
+                q->opt.chunks.tokens * q->opt.width, peer, TAG_KEYS);
 }
 
 void sel_sequence_share(sel_sequence *q, int64_t batch)
@@ -327,19 +356,25 @@ void sel_sequence_share(sel_sequence *q, int64_t batch)
     }
     bool wanted[c->ranks];
     for (int p = 0; p < q->places; p++) {
-        float *const at = q->keys + begin_of(q, p) * q->opt.width;
+        const float *const at = q->keys + begin_of(q, p) * q->opt.width;
         const int owner = owner_of(q, p);
         if (owner != c->rank) {
-            if (reads(q, c->rank, p)) message(q, false, at, batch, count, stride, owner, TAG_KEYS);
+            if (reads(q, c->rank, p)) key_message(q, false, p, batch, owner);
             continue;
         }
+        for (int64_t b = 0; q->opt.bfloat16 && b < batch; b++)
+            sel_to_bfloat16(carried(q, p) + b * count, at + b * stride, count, q->opt.threads);
         for (int r = 0; r < c->ranks; r++) {
             wanted[r] = r != c->rank && reads(q, r, p);
-            if (wanted[r]) message(q, true, at, batch, count, stride, r, TAG_KEYS);
+            if (wanted[r]) key_message(q, true, p, batch, r);
         }
-        count_sent(q, batch * count, wanted);
+        count_sent(q, (q->opt.bfloat16 ? 2.0 : 4.0) * (double)(batch * count), wanted);
     }
     complete(q, "keys");
+    for (int p = 0; q->opt.bfloat16 && p < q->places; p++)
+        for (int64_t b = 0; owner_of(q, p) != c->rank && reads(q, c->rank, p) && b < batch; b++)
+            sel_from_bfloat16(q->keys + begin_of(q, p) * q->opt.width + b * stride, carried(q, p) + b * count, count,
+                              q->opt.threads);
 }
 
 void sel_sequence_end(sel_sequence *q)
@@ -382,7 +417,7 @@ void sel_sequence_share_sums(sel_sequence *q, int64_t batch)
         }
         for (int r = 0; r < c->ranks; r++)
             if (wanted[r]) message(q, true, q->sums[p], 1, count, count, r, TAG_SUMS);
-        count_sent(q, count, wanted);
+        count_sent(q, 4.0 * (double)count, wanted);
     }
     complete(q, "sums");
 }
@@ -457,7 +492,7 @@ static void exchange_gradients(sel_sequence *q, int64_t batch)
             message(q, true, gives(q, from, to), batch, count, end_of(q, from) * q->opt.width, owner,
                     TAG_GRADIENTS + from);
             for (int r = 0; r < c->ranks; r++) wanted[r] = r == owner;
-            count_sent(q, batch * count, wanted);
+            count_sent(q, 4.0 * (double)(batch * count), wanted);
         }
     complete(q, "gradients");
 }
@@ -512,11 +547,9 @@ const float *sel_sequence_own_gradients(const sel_sequence *q, int k)
 void sel_sequence_gather(sel_sequence *q, const void *mine, size_t bytes, void *all)
 {
     SEL_ASSERT(bytes <= INT32_MAX);
-    sel_pulse_group("sequence_gather");
-    const double begun = sel_now();
+    const double begun = wait_for("findings");
     CK(q->comm, MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, q->group->world));
     waited(q, begun);
-    sel_pulse_tick();
 }
 
 void sel_sequence_wire(sel_sequence *q, sel_wire *w)

@@ -25,6 +25,7 @@ typedef struct {
     int64_t batch;           /* sequences at once, at most */
     int64_t width;           /* floats of a token's row of keys (and values, ...) */
     bool no_window;          /* as if no host lent shared memory */
+    bool bfloat16;           /* keys are such floats as bfloat16 holds: messages of them take half the bytes */
     int threads;
 } sel_sequence_options;
 

@@ -77,18 +77,19 @@ double sel_tree_sum_doubles(const double *x, int n, int stride)
            sel_tree_sum_doubles(x + (int64_t)left * stride, n - left, stride);
 }
 
-static inline uint16_t round_one(float x)
+/* Its bits are the upper 16. */
+static inline uint32_t round_one(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
-    const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 0x40;
-    return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    const uint32_t rounded = u + 0x7fff + (u >> 16 & 1), quiet = u | 0x400000;
+    return (u & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
 }
 
 void sel_to_bfloat16(uint16_t *restrict y, const float *restrict x, int64_t n, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > CHUNK)
-    for (int64_t i = 0; i < n; i++) y[i] = round_one(x[i]);
+    for (int64_t i = 0; i < n; i++) y[i] = (uint16_t)(round_one(x[i]) >> 16);
 }
 
 void sel_from_bfloat16(float *restrict y, const uint16_t *restrict x, int64_t n, int threads)
@@ -96,6 +97,14 @@ void sel_from_bfloat16(float *restrict y, const uint16_t *restrict x, int64_t n,
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > CHUNK)
     for (int64_t i = 0; i < n; i++) {
         const uint32_t u = (uint32_t)x[i] << 16;
+        memcpy(&y[i], &u, sizeof u);
+    }
+}
+
+void sel_round_bfloat16(float *restrict y, const float *restrict x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t u = round_one(x[i]) & 0xffff0000;
         memcpy(&y[i], &u, sizeof u);
     }
 }

@@ -98,11 +98,20 @@ static bool in_collective(const sel_pulse_view *p)
     return p->position % 2 == 1;
 }
 
+/* Of a sequence group. */
+static bool in_exchange(const sel_pulse_view *p)
+{
+    return p->exchange[0] != '\0';
+}
+
 static void describe(char out[160], const sel_pulse_view *p)
 {
     const uint64_t n = p->position / 2;
 
-    if (in_collective(p))
+    if (in_exchange(p))
+        snprintf(out, 160, "in %s of step %" PRId64 ", in its sequence group's exchange of %s", p->phase, p->step,
+                 p->exchange);
+    else if (in_collective(p))
         snprintf(out, 160, "in %s of step %" PRId64 ", waiting in its collective %" PRIu64 ", %s", p->phase, p->step,
                  n + 1, p->collective);
     else if (n > 0)
@@ -237,10 +246,13 @@ static void grow(growth *g, uint64_t now, double seconds)
 }
 
 /* Whether a is further behind than b: in the order of collectives; before one rather than in it, since who is in it
-   waits; then who stopped first. */
+   waits; likewise with the exchanges of sequence groups; then who stopped first, which the clock of a host tells to the
+   microsecond. */
 static bool is_behind(const sel_beacon_news *a, const sel_beacon_news *b)
 {
     if (a->pulse.position != b->pulse.position) return a->pulse.position < b->pulse.position;
+    if (in_exchange(&a->pulse) != in_exchange(&b->pulse)) return in_exchange(&b->pulse);
+    if (a->host == b->host) return a->pulse.when < b->pulse.when;
     return a->stale_ms > b->stale_ms;
 }
 
@@ -336,7 +348,7 @@ static void name_stuck(const sel_watchdog *w, const sel_beacon_news *n)
     }
     say(w, "rank %d on host %s has made no progress for %.0f s: %s%s", n->rank, on->name, n->stale_ms / 1000.0, where,
         process);
-    if (in_collective(&n->pulse)) say(w, "no rank is behind it: the communication itself is stuck");
+    if (in_collective(&n->pulse) || in_exchange(&n->pulse)) say(w, "no rank is behind it: the communication itself is stuck");
 }
 
 /* Between hosts, by the first rank of each.  What this host knows is sent about ten times in the time that counts as
@@ -550,7 +562,11 @@ sel_status sel_watchdog_open(sel_watchdog **out, sel_comm *c, double seconds)
     SEL_TRY(sel_comm_agree(c, w ? SEL_OK : sel_fail(SEL_ENOMEM, "out of memory for the watchdog")));
     w->c = c;
     sel_status rc = sel_comm_agree(c, make(w, seconds));
-    if (rc == SEL_OK) rc = sel_host_window_new(&w->window, c, sizeof(part), "the watchdog");
+    if (rc == SEL_OK && (rc = sel_host_window_new(&w->window, c, c, sizeof(part), "the watchdog")) != SEL_OK) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", sel_error());
+        sel_fail(rc, "%s; dist.watchdog_seconds: 0 does without", why);
+    }
     if (rc == SEL_OK) {
         for (int r = 0; r < c->host_size; r++) w->parts[r] = sel_host_window_part(w->window, r);
         know_hosts(w);

@@ -156,7 +156,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
         p.list_size = a->i1;
         p.lists = take(&end, p.groups * p.list_size);
         p.held = take(&end, p.places);
-        p.where = take(&end, backward ? a->i1 : 0);
+        p.where = take(&end, a->i1);
+        p.coming = take(&end, backward ? a->i1 : 0);
         p.live_k = take(&end, p.places * kv / pair);
         p.live_v = take(&end, p.places * kv / pair);
         p.live_pairs = take(&end, backward && a->bfloat16 ? p.places * kv / pair : 0);

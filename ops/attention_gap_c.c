@@ -25,26 +25,53 @@ static float own_selection(const sel_attention *a, int64_t b, int64_t i, float s
     return s > 0.0f ? s : 0.0f;
 }
 
+#define INLINE static inline __attribute__((always_inline))
+
 enum { FOUR = 4 };
 typedef float four __attribute__((vector_size(4 * FOUR), aligned(4), may_alias));
+typedef int32_t four_masks __attribute__((vector_size(4 * FOUR)));
+
+/* Of each group of four lanes those that i, j, k and l number: below VL of a, from VL on of b. */
+#if VL == 16
+#define BY_FOURS(a, b, i, j, k, l)                                                                                   \
+    __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4, (i) + 8, (j) + 8, (k) + 8, (l) + 8, \
+                            (i) + 12, (j) + 12, (k) + 12, (l) + 12)
+#elif VL == 8
+#define BY_FOURS(a, b, i, j, k, l) \
+    __builtin_shufflevector(a, b, i, j, k, l, (i) + 4, (j) + 4, (k) + 4, (l) + 4)
+#else
+#define BY_FOURS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
 
 /* The sums of four vectors' lanes. */
 static inline four sums_of(const vf x[FOUR])
 {
-    float lane[FOUR][VL];
-    four s[FOUR];
-    for (int r = 0; r < FOUR; r++) {
-        vstore(lane[r], x[r]);
-        s[r] = *(const four *)lane[r];
-        for (int i = FOUR; i < VL; i += FOUR) s[r] += *(const four *)(lane[r] + i);
-    }
-    const four a = __builtin_shufflevector(s[0], s[1], 0, 4, 1, 5) + __builtin_shufflevector(s[0], s[1], 2, 6, 3, 7);
-    const four b = __builtin_shufflevector(s[2], s[3], 0, 4, 1, 5) + __builtin_shufflevector(s[2], s[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    const vf a = BY_FOURS(x[0], x[1], 0, VL, 1, VL + 1) + BY_FOURS(x[0], x[1], 2, VL + 2, 3, VL + 3);
+    const vf b = BY_FOURS(x[2], x[3], 0, VL, 1, VL + 1) + BY_FOURS(x[2], x[3], 2, VL + 2, 3, VL + 3);
+    const vf c = BY_FOURS(a, b, 0, 1, VL, VL + 1) + BY_FOURS(a, b, 2, 3, VL + 2, VL + 3);
+#if VL == 16
+    const vf d = c + __builtin_shufflevector(c, c, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(d, d, 0, 1, 2, 3) + __builtin_shufflevector(d, d, 4, 5, 6, 7);
+#elif VL == 8
+    return __builtin_shufflevector(c, c, 0, 1, 2, 3) + __builtin_shufflevector(c, c, 4, 5, 6, 7);
+#else
+    return c;
+#endif
 }
 
 /* NaN if one is. */
 static inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+static inline four larger_four(four a, four b)
+{
+    const four_masks take = (b > a) | (b != b);
+    return (four)(((four_masks)b & take) | ((four_masks)a & ~take));
+}
+static inline float largest_of(four x) { return larger(larger(x[0], x[1]), larger(x[2], x[3])); }
+
+static inline four root_of(four x)
+{
+    return (four){ sqrtf(x[0]), sqrtf(x[1]), sqrtf(x[2]), sqrtf(x[3]) };
+}
 
 enum { MOST_HEADS = 16 };   /* that one thread takes together, as they lie side by side */
 
@@ -62,30 +89,62 @@ static inline void fetch_ahead(const float *x, int64_t stride, int64_t i, int64_
         for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(x + r * stride + d);
 }
 
+INLINE vf values_of(const bool whole, const float *x, int64_t d, int64_t n)
+{
+    return whole ? vload(x + d) : vload_n(x + d, n - d);
+}
+
+/* |x|^2 of four rows; whole, here and below: n is a multiple of VL. */
+INLINE four squares_of(const bool whole, const float *const x[FOUR], int64_t n)
+{
+    vf sum[FOUR] = { { 0 } };
+    for (int64_t d = 0; d < n; d += VL)
+        #pragma GCC unroll 4
+        for (int r = 0; r < FOUR; r++) {
+            const vf y = values_of(whole, x[r], d, n);
+            sum[r] += y * y;
+        }
+    return sums_of(sum);
+}
+
+/* What four queries have to do with their own keys and with BOS's. */
+typedef struct {
+    four square, own, bos;
+} four_queries;
+
+INLINE four_queries meet(const bool whole, const float *const query[FOUR], const float *const key[FOUR],
+                         const float *first, int64_t n)
+{
+    vf square[FOUR] = { { 0 } }, own[FOUR] = { { 0 } }, bos[FOUR] = { { 0 } };
+    for (int64_t d = 0; d < n; d += VL) {
+        const vf z = values_of(whole, first, d, n);
+        #pragma GCC unroll 4
+        for (int r = 0; r < FOUR; r++) {
+            const vf x = values_of(whole, query[r], d, n);
+            square[r] += x * x;
+            own[r] += x * values_of(whole, key[r], d, n);
+            bos[r] += x * z;
+        }
+    }
+    return (four_queries){ .square = sums_of(square), .own = sums_of(own), .bos = sums_of(bos) };
+}
+
 /* |k| of the longest of n keys of each of `heads` heads; NaN if one is. */
 static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t n, int64_t heads, int64_t dh)
 {
-    memset(longest, 0, (size_t)heads * sizeof *longest);
+    four squares[MOST_HEADS];
+
+    memset(squares, 0, (size_t)heads * sizeof *squares);
     for (int64_t j = 0; j < n; j += FOUR) {
         const float *key[FOUR];
         four_rows(key, k, k_row, j, n);
         fetch_ahead(k, k_row, j, n, heads * dh);
         for (int64_t h = 0; h < heads; h++) {
-            vf x[FOUR];
-            for (int r = 0; r < FOUR; r++) {
-                vf sum = vset1(0.0f);
-                for (int64_t d = 0; d < dh; d += VL) {
-                    const vf y = vload_n(key[r] + h * dh + d, dh - d);
-                    sum += y * y;
-                }
-                x[r] = sum;
-            }
-            const four square = sums_of(x);
-            for (int r = 0; r < FOUR; r++)
-                longest[h] = larger(longest[h], square[r]);
+            squares[h] = larger_four(squares[h], dh % VL ? squares_of(false, key, dh) : squares_of(true, key, dh));
+            for (int r = 0; r < FOUR; r++) key[r] += dh;
         }
     }
-    for (int64_t h = 0; h < heads; h++) longest[h] = sqrtf(longest[h]);
+    for (int64_t h = 0; h < heads; h++) longest[h] = sqrtf(largest_of(squares[h]));
 }
 
 /* The largest gap of heads [h0, h1) of sequence b: |q| max |k| / sqrt(dh) bounds every logit of a row; its own token's
@@ -94,44 +153,34 @@ static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t 
 static float heads_gap(const sel_attention *a, int64_t b, int64_t h0, int64_t h1)
 {
     const int64_t dh = a->dh, group = a->heads / a->kv_heads, kh0 = h0 / group, rows = a->i1 - a->i0;
-    const float *const q = a->q + b * a->q_seq, *const k = a->k + b * a->k_seq + kh0 * dh;
+    const float *const q = a->q + b * a->q_seq + h0 * dh, *const k = a->k + b * a->k_seq + kh0 * dh;
     const float root = (float)sqrt((double)dh), slack = a->bfloat16 ? 0x1p-6f : 0x1p-18f;   /* of rounded operands */
-    float gap = 0.0f, longest[MOST_HEADS];
+    float longest[MOST_HEADS];
+    four gap = { 0 };
 
     longest_keys(longest, k, a->k_row, a->i1, (h1 - 1) / group + 1 - kh0, dh);
     for (int64_t i = 0; i < rows; i += FOUR) {
-        const float *query[FOUR], *key[FOUR];
+        const float *query[FOUR], *own[FOUR];
         four_rows(query, q, a->q_row, i, rows);
-        fetch_ahead(q + h0 * dh, a->q_row, i, rows, (h1 - h0) * dh);
-        four_rows(key, k + a->i0 * a->k_row, a->k_row, i, rows);
+        fetch_ahead(q, a->q_row, i, rows, (h1 - h0) * dh);
+        four_rows(own, k + a->i0 * a->k_row, a->k_row, i, rows);
         for (int64_t h = h0; h < h1; h++) {
-            const int64_t kh = h / group - kh0;
-            vf square[FOUR], own[FOUR], bos[FOUR];
-            for (int r = 0; r < FOUR; r++) {
-                vf on_q = vset1(0.0f), on_k = on_q, on_0 = on_q;
-                for (int64_t d = 0; d < dh; d += VL) {
-                    const vf x = vload_n(query[r] + h * dh + d, dh - d);
-                    on_q += x * x;
-                    on_k += x * vload_n(key[r] + kh * dh + d, dh - d);
-                    on_0 += x * vload_n(k + kh * dh + d, dh - d);
-                }
-                square[r] = on_q;
-                own[r] = on_k;
-                bos[r] = on_0;
-            }
-            const float most = longest[kh] * (1.0f + 2.0f * slack) / root;
-            const four squares = sums_of(square), on_self = sums_of(own) / root, on_bos = sums_of(bos) / root;
-            for (int r = 0; r < FOUR; r++) {
-                float sure = on_self[r];
-                if (!a->shift && !a->protect_self)
-                    sure -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1), slack);
-                if (a->protect_bos && on_bos[r] > sure) sure = on_bos[r];
-                const float here = sqrtf(squares[r]) * most - sure;
-                gap = larger(gap, here);
-            }
+            const int64_t at = (h / group - kh0) * dh;
+            const float *const key[FOUR] = { own[0] + at, own[1] + at, own[2] + at, own[3] + at };
+            const four_queries x = dh % VL ? meet(false, query, key, k + at, dh) : meet(true, query, key, k + at, dh);
+            const float most = longest[h / group - kh0] * (1.0f + 2.0f * slack) / root;
+            const four on_bos = x.bos / root;
+            four sure = x.own / root;
+
+            for (int r = 0; r < FOUR && !a->shift && !a->protect_self; r++)
+                sure[r] -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1), slack);
+            const four_masks take = on_bos > sure;
+            if (a->protect_bos) sure = (four)(((four_masks)on_bos & take) | ((four_masks)sure & ~take));
+            gap = larger_four(gap, root_of(x.square) * most - sure);
+            for (int r = 0; r < FOUR; r++) query[r] += dh;
         }
     }
-    return gap;
+    return largest_of(gap);
 }
 
 static void attention_gap(const sel_attention *a, float *gap)

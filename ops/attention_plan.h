@@ -49,9 +49,9 @@ typedef struct {
     /* a selection with rows of its own: as qt, dq, dk, then in the pack as k, k_pairs, qt_all, q_rows; without room
        elsewhere */
     int64_t sel_qt, dsel_q, dsel_k, sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
-    /* dead keys: lists of keys; their places, so many, and operands there (live_k: by row; live_v: forward by pairs,
+    /* dead keys: lists of keys, backward: of those that the next list brings; their places, so many, and operands there (live_k: by row; live_v: forward by pairs,
        backward by row; live_pairs: backward); backward: tiles of keys taken together, sums of gradients, dF */
-    int64_t lists, list_size, held, where, places, live_k, live_v, live_pairs, live_sel_k, live_sel_pairs;
+    int64_t lists, list_size, coming, held, where, places, live_k, live_v, live_pairs, live_sel_k, live_sel_pairs;
     int64_t live_tiles, live_dk, live_dv, live_dsel_k, dcarry;
     int64_t total;
 } words_plan;

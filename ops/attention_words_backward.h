@@ -19,6 +19,7 @@ typedef struct {
     int64_t b;
     float *scratch, *pack;    /* this thread's scratch, this sequence's packed operands */
     bool shared;              /* by all threads: operands are packed before and dq is summed after; else head by head */
+    bool around;              /* dq, dk and dv go around the caches */
     gradient_room room;
 } backward_job;
 
@@ -216,7 +217,7 @@ static void store_rows(const backward_job *w, float *dq, int64_t row, const floa
             transpose_registers(x);
             #pragma GCC unroll 16
             for (int i = 0; i < 16; i++)
-                if (i0 + i < rows) _mm512_storeu_si512(dq + (i0 + i) * row + d, x[i]);
+                if (i0 + i < rows) store_result(dq + (i0 + i) * row + d, _mm512_castsi512_ps(x[i]), w->around);
         }
 }
 

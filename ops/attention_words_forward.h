@@ -13,7 +13,7 @@
 /* ---- one tile of one head: knows its operands, not where in a sequence they lie ---- */
 
 /* Memory that comes next, fetched into cache a few lines at a time while products run. */
-enum { CHUNK = 256, RANGES = 24 };
+enum { CHUNK = 256, RANGES = 64 };
 
 typedef struct {
     struct {
@@ -304,7 +304,23 @@ typedef struct {
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
     double live;              /* pairs of a row and a live key so far */
+    bool around;              /* out goes around the caches */
 } forward_job;
+
+/* Dead keys: whether results whose rows begin at x, so many floats apart, are to go around the caches, which do not
+   keep all of them until they are read: a line that is stored in part would be read first. */
+static bool goes_around(const sel_attention *a, const float *x, int64_t seq, int64_t row)
+{
+    enum { KEPT = 1 << 22, LINE = 64 };   /* bytes */
+    return a->B * (a->i1 - a->i0) * a->heads * a->dh * 4 >= KEPT && (uintptr_t)x % LINE == 0 &&
+           seq * 4 % LINE == 0 && row * 4 % LINE == 0;
+}
+
+INLINE void store_result(float *at, __m512 x, bool around)
+{
+    if (around) _mm512_stream_ps(at, x);
+    else _mm512_storeu_ps(at, x);
+}
 
 /* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
 static bool in_pack(const forward_job *w, int64_t J) { return WORD_BF16 || (J + 1) * TILE > w->a->i1; }
@@ -501,14 +517,15 @@ INLINE __m512 log2_ps(__m512 x, __m512 *e)
     return _mm512_mul_ps(p, s);
 }
 
-/* out and lse of one head of a row tile.  Whole tiles go past the caches: rows that have to be read first, and then wait
-   for a place among operands, cost more than the products of a quarter tile. */
+/* out and lse of one head of a row tile.  Without dead keys whole tiles always go around the caches: rows that have to be
+   read first, and then wait for a place among operands, cost more than the products of a quarter tile. */
 static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
     const head_rows r = rows_of(w, h);
     float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
-    const bool past = t->rows == TILE && ((uintptr_t)out | (uintptr_t)(a->out_row * 4)) % 64 == 0;
+    const bool around = w->around || (!a->dead_after && t->rows == TILE &&
+                                      ((uintptr_t)out | (uintptr_t)(a->out_row * 4)) % 64 == 0);
 
     for (int i0 = 0; i0 < t->rows; i0 += V16) {
         const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;
@@ -532,17 +549,17 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
                 x[k] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(r.o + (d + k) * TILE + i0), inverse));
             transpose_registers(x);
             float *const to = out + i0 * a->out_row + d;
-            if (past) {
+            if (around && n == V16) {
                 #pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) _mm512_stream_si512((__m512i *)(void *)(to + i * a->out_row), x[i]);
+                for (int i = 0; i < 16; i++) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), true);
             } else {
                 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++)
-                    if (i < n) _mm512_storeu_si512(to + i * a->out_row, x[i]);
+                    if (i < n) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), around);
             }
         }
     }
-    if (h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
+    if (around && !a->dead_after && h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */

@@ -18,6 +18,12 @@
 #include "ops/attention_words_places.h"
 #include "ops/levels.h"
 
+/* Few products leave much of what comes next to be asked for after them. */
+static void fetch_rest(fetch_queue *q)
+{
+    while (q->n) fetch_some(q);
+}
+
 /* ---- forward ---- */
 
 static row_tile live_row_tile(const forward_job *w, int64_t I)
@@ -40,7 +46,7 @@ static void fetch_live(forward_job *w, const row_tile *t, const row_tile *next, 
         fetch_rows(q, a->v + w->b * a->v_seq + next->row0 * a->v_row + kh * a->dh, a->v_row * 4, next->rows, width);
         fetch_rows(q, a->k + w->b * a->k_seq + next->row0 * a->k_row + kh * a->dh, a->k_row * 4, next->rows, width);
     }
-    fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, width);
+    if (!w->around) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, width);
     if (h + 1 < a->heads) fetch_rows(q, q_of(w, t, h + 1), a->q_row * 4, t->rows, width);
     else if (next->rows) fetch_rows(q, q_of(w, next, 0), a->q_row * 4, next->rows, width);
 }
@@ -87,7 +93,9 @@ static void forward_tile_live(forward_job *w, int64_t I, const live_places *l, c
                 }
                 attend_tile(&w->room, &o, &rows, &view, h == 0 ? raw : NULL, NF, col0 == 0);
             }
-            if (end == count) finish_rows(w, &t, h);
+            if (end < count) continue;
+            fetch_rest(&w->room.next);
+            finish_rows(w, &t, h);
         }
     for (int i = 0; i < t.rows; i++) {
         const double needed = (double)(t.row0 + i + 1 - dead) - rowsum[i];
@@ -107,6 +115,12 @@ static void forward_group_live(forward_job *w, int64_t group, live_places *l, co
         forward_tile_live(w, I, l, live, carry);
 }
 
+/* What goes around the caches is there for other threads. */
+static void end_results(bool around)
+{
+    if (around) _mm_sfence();
+}
+
 static void forward_sequence_live(forward_job *w)
 {
     const sel_attention *a = w->a;
@@ -115,12 +129,14 @@ static void forward_sequence_live(forward_job *w)
     live_places places = new_places(a, p, w->b, w->scratch, false);
     live_list list;
 
+    w->around = goes_around(a, a->out, a->out_seq, a->out_row);
     start_carry(w, carry, 0, a->i1);
     for (int64_t g = 0; g < p->groups; g++) {
         if (a->saved) memcpy(group_carry(w, g), carry, (size_t)a->i1 * sizeof *carry);
         list = next_list(a, w->b, g ? &list : NULL, list_room(p, w->scratch, g), carry, all_keys(a, p), g);
         forward_group_live(w, g, &places, &list, carry);
     }
+    end_results(w->around);
     end_carry(w, carry);
     store_memory(w);
     if (a->live) a->live[w->b] = w->live;
@@ -175,6 +191,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
         float *const carry = w.scratch + p->carry;
         live_list lists[MOST_CARRIES];
 
+        w.around = goes_around(a, a->out, a->out_seq, a->out_row);
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) carry_column_live(&w, J);
         live_places places = new_places(a, p, b, w.scratch, false);
@@ -188,6 +205,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
             forward_group_live(&w, g, &places, &lists[g], carry);
             if (g == p->groups - 1) end_carry(&w, carry);
         }
+        end_results(w.around);
         #pragma omp critical(attention_memory)
         {
             best.live += w.live;      /* whole numbers below 2^53: exact in any order */
@@ -206,7 +224,7 @@ static void forward_live(const sel_attention *a)
     const words_plan p = sel_attention_words_plan(a, false);
     const int64_t whole = attention_whole(a);
 
-    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1)   /* few keys live in some */
     for (int64_t b = 0; b < whole; b++) {
         forward_job w = new_forward_job(a, &p, b, omp_get_thread_num(), omp_get_thread_num());
         sel_attention_find_dead_avx512(a, b, 1);
@@ -334,7 +352,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     const float *const saved = a->saved + (w->b * sel_attention_carries(p->rows) + u->group) * a->i1;
     const int32_t *const keys = u->live->keys + tile * TILE;
     const int most = live_tile(w, u->live, I1 - 1, tile, 0).cols;
-    const word *const k = (attention_bilinear(a) ? u->places->sel_k : u->places->k) + tile * TILE * kw;
+    const word *const k = attention_bilinear(a) ? places_selecting(u->places, tile * TILE).k
+                                                : places_backward(u->places, 0, tile * TILE).k;
     float carry[TILE];
 
     for (int j = 0; j < most; j++) carry[j] = saved[keys[j]];
@@ -350,9 +369,8 @@ static void rebuild_live(const backward_job *w, const live_tiles *u, int64_t c)
     }
 }
 
-/* Asks for a head's rows of row tile I, which are to be packed, and then for the places of the gradients of its keys,
-   and the keys that the group before brings. */
-static void fetch_live_rows(backward_job *w, int64_t h, int64_t I, bool last)
+/* Asks for the places that a head's gradients of row tile I go to. */
+static void fetch_live_gradients(backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
     const sel_attention_grad *g = w->g;
@@ -360,28 +378,77 @@ static void fetch_live_rows(backward_job *w, int64_t h, int64_t I, bool last)
                   kh = h * a->kv_heads / a->heads, j0 = a->i0 + I * height;
     fetch_queue *const q = &w->room.next;
 
-    if (h % (a->heads / a->kv_heads) == 0) {
-        fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
-        fetch_rows(q, g->dv + w->b * g->dv_seq + j0 * g->dv_row + kh * a->dh, g->dv_row * 4, real, width);
-        if (last && I > 0) {
-            const int64_t j = j0 - height;
-            fetch_rows(q, a->v + w->b * a->v_seq + j * a->v_row + kh * a->dh, a->v_row * 4, height, width);
-            fetch_rows(q, a->k + w->b * a->k_seq + j * a->k_row + kh * a->dh, a->k_row * 4, height, width);
-        }
-    }
+    if (w->around) return;
+    fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, real, width);
+    if (h % (a->heads / a->kv_heads)) return;
+    fetch_rows(q, g->dk + w->b * g->dk_seq + j0 * g->dk_row + kh * a->dh, g->dk_row * 4, real, width);
+    fetch_rows(q, g->dv + w->b * g->dv_seq + j0 * g->dv_row + kh * a->dh, g->dv_row * 4, real, width);
+}
+
+/* Asks for a head's rows of row tile I, which are to be packed. */
+static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
+{
+    const sel_attention *a = w->a;
+    const int64_t height = w->p->height, real = least(w->p->rows - I * height, height), width = a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    fetch_block(q, a->lse + (w->b * a->heads + h) * w->p->rows + I * height, real * 4 < CHUNK ? CHUNK : real * 4);
     fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
     fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, real, width);
 }
 
-/* The row tiles of a group against its list, or a thread's part of it. */
+/* Asks for what head h needs of the keys of those tiles: where more places are in use than a cache holds. */
+static void fetch_live_keys(backward_job *w, const live_tiles *u, int64_t h)
+{
+    const sel_attention *a = w->a;
+    const int64_t words = TILE * a->dh * 4 / PAIR, sums = TILE * a->dh * 4;
+    fetch_queue *const q = &w->room.next;
+
+    for (int64_t c = u->count - 1; c >= 0; c--) {
+        const gradient_keys keys = places_backward(u->places, h * a->kv_heads / a->heads, (u->first + c) * TILE);
+        if (WORD_BF16) fetch_block(q, keys.pairs, words);
+        fetch_block(q, keys.dk, sums);
+        fetch_block(q, keys.dv, sums);
+        fetch_block(q, keys.v, words);
+        fetch_block(q, keys.k, words);
+    }
+}
+
+/* The keys of the group before that have no place yet: how many, listed at `coming`. */
+static int64_t find_coming(const live_places *l, const live_list *before, int32_t *coming)
+{
+    int64_t n = 0;
+    for (int64_t s = 0; before && s < before->count; s++)
+        if (l->where[before->keys[s]] == NOWHERE) coming[n++] = before->keys[s];
+    return n;
+}
+
+/* Asks for the rows of keys [i0, i1) of those, all heads. */
+static void fetch_coming(backward_job *w, const int32_t *coming, int64_t i0, int64_t i1)
+{
+    const sel_attention *a = w->a;
+    const int64_t bytes = a->kv_heads * a->dh * 4;
+
+    for (int64_t i = i0; i < i1; i++) {
+        fetch_block(&w->room.next, a->k + w->b * a->k_seq + coming[i] * a->k_row, bytes);
+        fetch_block(&w->room.next, a->v + w->b * a->v_seq + coming[i] * a->v_row, bytes);
+    }
+}
+
+enum { CACHED = 1 << 22 };   /* bytes of keys that a core finds in cache again, in time, from row tile to row tile */
+
+/* The row tiles of a group against its list, or a thread's part of it; before: the list that comes next, or NULL. */
 static void backward_group_live(backward_job *w, int64_t group, const live_places *places, const live_list *live,
-                                float *dcarry)
+                                const live_list *before, float *dcarry)
 {
     const sel_attention *a = w->a;
     const words_plan *p = w->p;
     const int64_t I0 = group * p->group, I1 = least(I0 + p->group, p->tiles), head = TILE * a->dh;
     const int64_t tiles = (live->count + TILE - 1) / TILE;
+    int32_t *const coming = (int32_t *)(void *)(w->scratch + p->coming);
+    const int64_t n_coming = find_coming(places, before, coming);
+    const bool many = tiles * TILE * a->kv_heads * a->dh * 4 * (WORD_BF16 ? 7 : 8) / 2 > CACHED;
 
     for (int64_t I = I0; I < I1; I++) {
         if (!w->shared) pack_rows_at(w, 0, I, place_of(w, I));
@@ -397,11 +464,14 @@ static void backward_group_live(backward_job *w, int64_t group, const live_place
         for (int64_t c = 0; c < u.count; c++) rebuild_live(w, &u, c);
         for (int64_t I = I1 - 1; I >= I0; I--) {
             for (int64_t n = 1; n <= a->heads; n++) {   /* head 0 last: its dF needs the other heads' */
-                const int64_t h = n % a->heads, next = (n + 1) % a->heads;
+                const int64_t h = n % a->heads, next = (n + 1) % a->heads, after = n + 1 < a->heads ? I : I - 1;
                 w->room.next.n = 0;
-                if (u.opens && !w->shared && next) fetch_live_rows(w, next, I, I == I0);
-                else if (u.opens && !w->shared && I > 0) fetch_live_rows(w, 0, I - 1, false);
+                if (many && n < a->heads) fetch_live_keys(w, &u, next);
+                if (u.opens && !w->shared) fetch_live_gradients(w, h, I);
+                if (u.opens && I == I0) fetch_coming(w, coming, (n - 1) * n_coming / a->heads, n * n_coming / a->heads);
+                if (u.opens && !w->shared && after >= 0) fetch_live_rows(w, next, after);
                 live_head(w, &u, I, h);
+                fetch_rest(&w->room.next);
             }
             if (attention_bilinear(a)) live_selection(w, &u, I);
         }
@@ -430,6 +500,10 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     live_list lists[MOST_CARRIES];
 
     w->shared = threads > 1;
+    w->around = places.around = goes_around(a, g->dq, g->dq_seq, g->dq_row) &&
+                                goes_around(a, g->dk, g->dk_seq, g->dk_row) &&
+                                goes_around(a, g->dv, g->dv_seq, g->dv_row) &&
+                                (!attention_bilinear(a) || goes_around(a, g->dsel_q, g->dsel_q_seq, g->dsel_q_row));
     for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
         for (int64_t h = 0; h < a->heads; h++) pack_rows(w, h, I);
     for (int64_t j = 0; j < a->i1; j++)
@@ -442,7 +516,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     }
     for (int64_t k = p->groups - 1; k >= 0; k--) {
         hold_gradients(&places, g, k + 1 < p->groups ? &lists[k + 1] : NULL, &lists[k]);
-        backward_group_live(w, k, &places, &lists[k], dcarry);
+        backward_group_live(w, k, &places, &lists[k], k ? &lists[k - 1] : NULL, dcarry);
     }
     release_gradients(&places, g, &lists[0], 0);
     for (int64_t j = 0; j < a->i0; j++)   /* that were dead before the first row */
@@ -455,6 +529,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
             if (attention_bilinear(a)) store_dsel_q(&zero, I, threads);
         }
     }
+    end_results(w->around);
     for (int64_t j = 0; g->dcarry_out && j < a->i1; j++)
         if (shares(&share, j)) g->dcarry_out[w->b * a->carry_seq + j] = dcarry[j];
 }
@@ -464,7 +539,7 @@ static void backward_live(const sel_attention *a, const sel_attention_grad *g)
     const words_plan p = sel_attention_words_plan(a, true);
     const int64_t whole = attention_whole(a);
 
-    #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
+    #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1)   /* few keys live in some */
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
         backward_sequence_live(&w, 0, 1);

@@ -70,14 +70,16 @@ typedef struct {
     const sel_attention *a;
     int64_t b, places;
     int64_t high;              /* places below it have been written */
-    bool gradients;
+    bool gradients, around;    /* around: dk and dv go around the caches */
     int32_t *held;             /* [places]: the key there, or NOBODY */
-    int32_t *where;            /* backward, [i1]: the place of a key, or NOWHERE, or LEFT: its gradients are stored */
-    word *k;                   /* [kv_heads][places][dh / PAIR] */
-    word *v;                   /* backward: the same; forward by pairs of places: [kv_heads][places / PAIR][dh] */
+    int32_t *where;            /* [i1]: the place of a key, or NOWHERE; forward: its last one, perhaps another's since;
+                                  backward: or LEFT: its gradients are stored */
+    /* By tiles of places: what is in use lies together, not in the same sets of the caches for each head. */
+    word *k;                   /* [places / TILE][kv_heads][TILE][dh / PAIR] */
+    word *v;                   /* backward: the same; forward by pairs of places: [..][kv_heads][TILE_WORDS][dh] */
     word *pairs;               /* backward: k by pairs of places; float32: k */
     word *sel_k, *sel_pairs;   /* the same of sel_k */
-    float *dk, *dv, *dsel_k;   /* backward: [kv_heads][places][dh] */
+    float *dk, *dv, *dsel_k;   /* backward: [places / TILE][kv_heads][TILE][dh] */
 } live_places;
 
 enum { NOBODY = -1, NOWHERE = -1, LEFT = -2 };
@@ -92,19 +94,25 @@ static live_places new_places(const sel_attention *a, const words_plan *p, int64
                       .dv = scratch + p->live_dv, .dsel_k = scratch + p->live_dsel_k };
     l.pairs = WORD_BF16 ? (word *)(scratch + p->live_pairs) : l.k;
     l.sel_pairs = WORD_BF16 ? (word *)(scratch + p->live_sel_pairs) : l.sel_k;
-    for (int64_t j = 0; gradients && j < a->i1; j++) l.where[j] = NOWHERE;
+    for (int64_t j = 0; j < a->i1; j++) l.where[j] = NOWHERE;
     return l;
+}
+
+/* Where the tile of a kv-head that place s is in lies, in values. */
+static int64_t tile_at(const live_places *l, int64_t kh, int64_t s)
+{
+    return (s / TILE * l->a->kv_heads + kh) * TILE * l->a->dh;
 }
 
 /* Tile of a kv-head from the place col0 on. */
 static key_tile places_forward(const live_places *l, int64_t kh, int64_t col0)
 {
-    const int64_t dh = l->a->dh, at = (kh * l->places + col0) * dh / PAIR;
+    const int64_t dh = l->a->dh, at = tile_at(l, kh, col0) / PAIR;
     return (key_tile){ .k = l->k + at, .v = l->v + at, .k_row = dh / PAIR, .v_row = dh };
 }
 static gradient_keys places_backward(const live_places *l, int64_t kh, int64_t col0)
 {
-    const int64_t dh = l->a->dh, at = (kh * l->places + col0) * dh;
+    const int64_t at = tile_at(l, kh, col0);
     return (gradient_keys){ .k = l->k + at / PAIR, .v = l->v + at / PAIR, .pairs = l->pairs + at / PAIR,
                             .dk = l->dk + at, .dv = l->dv + at };
 }
@@ -155,9 +163,9 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
     const float *const v = a->v + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + on * a->v_row;
 
     for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        const int64_t at = kh * l->places * dh / PAIR, d = kh * dh;
-        put_rows(l->k + at, l->gradients ? l->pairs + at : NULL, s, k + d, n == 2 ? k1 + d : NULL, dh);
-        put_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, s, v + d, n == 2 ? v1 + d : NULL,
+        const int64_t at = tile_at(l, kh, s) / PAIR, in = s % TILE, d = kh * dh;
+        put_rows(l->k + at, l->gradients ? l->pairs + at : NULL, in, k + d, n == 2 ? k1 + d : NULL, dh);
+        put_rows(l->gradients ? l->v + at : NULL, l->gradients ? NULL : l->v + at, in, v + d, n == 2 ? v1 + d : NULL,
                  dh);
     }
     if (attention_bilinear(a)) {
@@ -165,7 +173,52 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
         put_rows(l->sel_k, l->gradients ? l->sel_pairs : NULL, s, x + keys[0] * a->sel_k_row,
                  n == 2 ? x + keys[1] * a->sel_k_row : NULL, dh);
     }
-    for (int i = 0; i < n; i++) l->held[s + i] = keys[i];
+    for (int i = 0; i < n; i++) {
+        l->held[s + i] = keys[i];
+        l->where[keys[i]] = (int32_t)(s + i);
+    }
+}
+
+/* Place `from` of a tile to place `to` of another, by row and by pairs, as put_rows; n values a place. */
+INLINE void move_row(word *x, const word *old, int64_t to, int64_t from, int64_t n)
+{
+    for (int64_t i = 0; i < n / PAIR; i += 8)
+        _mm256_storeu_si256((__m256i *)(void *)(x + to * n / PAIR + i),
+                            _mm256_loadu_si256((const __m256i *)(const void *)(old + from * n / PAIR + i)));
+}
+INLINE void move_pair(word *x, const word *old, int64_t to, int64_t from, int64_t n)
+{
+#if WORD_BF16
+    word *const now = x + to / 2 * n;
+    for (int64_t d = 0; d < n; d += V16) {
+        __m512i w = _mm512_loadu_si512(old + from / 2 * n + d);
+        if (from % 2 != to % 2) w = _mm512_rol_epi32(w, 16);
+        _mm512_storeu_si512(now + d, _mm512_mask_blend_epi16(to % 2 ? 0xaaaaaaaa : 0x55555555,
+                                                             _mm512_loadu_si512(now + d), w));
+    }
+#else
+    move_row(x, old, to, from, n);
+#endif
+}
+
+/* A key's operands from one place to another: its rows may have left the cache long ago. */
+static void move_key(live_places *l, int64_t to, int64_t from)
+{
+    const int64_t dh = l->a->dh;
+
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
+        const int64_t at = tile_at(l, kh, to) / PAIR, old = tile_at(l, kh, from) / PAIR;
+        move_row(l->k + at, l->k + old, to % TILE, from % TILE, dh);
+        if (l->gradients) move_row(l->v + at, l->v + old, to % TILE, from % TILE, dh);
+        else move_pair(l->v + at, l->v + old, to % TILE, from % TILE, dh);
+        if (WORD_BF16 && l->gradients) move_pair(l->pairs + at, l->pairs + old, to % TILE, from % TILE, dh);
+    }
+    if (attention_bilinear(l->a)) {
+        move_row(l->sel_k, l->sel_k, to, from, dh);
+        if (WORD_BF16 && l->gradients) move_pair(l->sel_pairs, l->sel_pairs, to, from, dh);
+    }
+    l->held[to] = l->held[from];
+    l->where[l->held[to]] = (int32_t)to;
 }
 
 /* Places up to the end of the tile of the last one hold something: numbers, if nobody. */
@@ -174,12 +227,11 @@ static void open_places(live_places *l, int64_t count)
     const sel_attention *a = l->a;
     const int64_t end = (count + TILE - 1) / TILE * TILE, n = a->dh / PAIR, bytes = (end - l->high) * n * 4;
     if (end <= l->high) return;
-    for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        const int64_t at = (kh * l->places + l->high) * n;
-        memset(l->k + at, 0, (size_t)bytes);
-        memset(l->v + at, 0, (size_t)bytes);
-        if (WORD_BF16 && l->gradients) memset(l->pairs + at, 0, (size_t)bytes);
-    }
+    const int64_t at = l->high * a->kv_heads * n;
+    const size_t all = (size_t)(bytes * a->kv_heads);
+    memset(l->k + at, 0, all);
+    memset(l->v + at, 0, all);
+    if (WORD_BF16 && l->gradients) memset(l->pairs + at, 0, all);
     if (attention_bilinear(a)) {
         memset(l->sel_k + l->high * n, 0, (size_t)bytes);
         if (WORD_BF16 && l->gradients) memset(l->sel_pairs + l->high * n, 0, (size_t)bytes);
@@ -193,7 +245,12 @@ static void hold_keys(live_places *l, const live_list *list)
 {
     open_places(l, list->count);
     for (int64_t s = 0; s < list->count; s++) {
+        const int64_t from = l->where[list->keys[s]];
         if (l->held[s] == list->keys[s]) continue;
+        if (from != NOWHERE && l->held[from] == list->keys[s]) {
+            move_key(l, s, from);
+            continue;
+        }
         const bool two = s % 2 == 0 && s + 1 < list->count && l->held[s + 1] != list->keys[s + 1];
         put_keys(l, s, list->keys + s, two ? 2 : 1);
         s += two;
@@ -202,10 +259,10 @@ static void hold_keys(live_places *l, const live_list *list)
 
 /* ---- backward: gradients gather at the keys' places ---- */
 
-INLINE void scale_row(float *to, const float *from, float scale, int64_t n)
+INLINE void scale_row(float *to, const float *from, float scale, int64_t n, bool around)
 {
     for (int64_t d = 0; d < n; d += V16)
-        _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(scale)));
+        store_result(to + d, _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(scale)), around);
 }
 
 /* The places of a list from s0 on: their sums are the gradients. */
@@ -218,12 +275,13 @@ static void release_gradients(live_places *l, const sel_attention_grad *g, const
     for (int64_t s = s0; s < list->count; s++) {
         const int64_t j = list->keys[s];
         for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-            const int64_t at = (kh * l->places + s) * dh;
-            scale_row(g->dk + l->b * g->dk_seq + j * g->dk_row + kh * dh, l->dk + at, scale, dh);
-            scale_row(g->dv + l->b * g->dv_seq + j * g->dv_row + kh * dh, l->dv + at, 1.0f, dh);
+            const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
+            scale_row(g->dk + l->b * g->dk_seq + j * g->dk_row + kh * dh, l->dk + at, scale, dh, l->around);
+            scale_row(g->dv + l->b * g->dv_seq + j * g->dv_row + kh * dh, l->dv + at, 1.0f, dh, l->around);
         }
         if (attention_bilinear(a))
-            scale_row(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, l->dsel_k + s * dh, scale, dh);
+            scale_row(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, l->dsel_k + s * dh, scale, dh,
+                      false);
         l->held[s] = NOBODY;
         l->where[j] = LEFT;
     }
@@ -240,25 +298,33 @@ static void clear_gradients(const live_places *l, const sel_attention_grad *g, i
         memset(g->dsel_k + l->b * g->dsel_k_seq + j * g->dsel_k_row, 0, (size_t)a->dh * sizeof(float));
 }
 
-/* The sums at place s: those of place `from`, or where that is NOWHERE zero. */
-static void start_sums(live_places *l, int64_t s, int64_t from)
+INLINE void clear_row(float *to, int64_t n)
 {
-    const sel_attention *a = l->a;
-    const int64_t dh = a->dh;
-    const size_t bytes = (size_t)dh * sizeof(float);
-    for (int64_t kh = 0; kh < a->kv_heads; kh++) {
-        float *const dk = l->dk + kh * l->places * dh, *const dv = l->dv + kh * l->places * dh;
-        if (from == NOWHERE) {
-            memset(dk + s * dh, 0, bytes);
-            memset(dv + s * dh, 0, bytes);
-        } else {
-            memcpy(dk + s * dh, dk + from * dh, bytes);
-            memcpy(dv + s * dh, dv + from * dh, bytes);
-        }
+    for (int64_t d = 0; d < n; d += V16) _mm512_storeu_ps(to + d, _mm512_setzero_ps());
+}
+
+/* The sums at place s: zero. */
+static void start_sums(live_places *l, int64_t s)
+{
+    const int64_t dh = l->a->dh;
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
+        const int64_t at = tile_at(l, kh, s) + s % TILE * dh;
+        clear_row(l->dk + at, dh);
+        clear_row(l->dv + at, dh);
     }
-    if (!attention_bilinear(a)) return;
-    if (from == NOWHERE) memset(l->dsel_k + s * dh, 0, bytes);
-    else memcpy(l->dsel_k + s * dh, l->dsel_k + from * dh, bytes);
+    if (attention_bilinear(l->a)) clear_row(l->dsel_k + s * dh, dh);
+}
+
+/* Those of place `from`. */
+static void move_sums(live_places *l, int64_t s, int64_t from)
+{
+    const int64_t dh = l->a->dh;
+    for (int64_t kh = 0; kh < l->a->kv_heads; kh++) {
+        const int64_t at = tile_at(l, kh, s) + s % TILE * dh, old = tile_at(l, kh, from) + from % TILE * dh;
+        scale_row(l->dk + at, l->dk + old, 1.0f, dh, false);
+        scale_row(l->dv + at, l->dv + old, 1.0f, dh, false);
+    }
+    if (attention_bilinear(l->a)) scale_row(l->dsel_k + s * dh, l->dsel_k + from * dh, 1.0f, dh, false);
 }
 
 /* From the list of the group after (NULL: none) to a group's: what the later group's own keys gathered is stored; then
@@ -270,20 +336,16 @@ static void hold_gradients(live_places *l, const sel_attention_grad *g, const li
     for (int64_t s = after ? after->old : 0; s < list->count; s++) {
         const int64_t from = l->where[list->keys[s]];
         if (l->held[s] == list->keys[s] || from == NOWHERE) continue;
-        put_keys(l, s, list->keys + s, 1);
-        start_sums(l, s, from);
-        l->where[list->keys[s]] = (int32_t)s;
+        move_key(l, s, from);
+        move_sums(l, s, from);
         l->held[from] = NOBODY;
     }
     for (int64_t s = 0; s < list->count; s++) {
         if (l->held[s] == list->keys[s]) continue;
         const bool two = s % 2 == 0 && s + 1 < list->count && l->held[s + 1] != list->keys[s + 1];
         put_keys(l, s, list->keys + s, two ? 2 : 1);
-        for (int64_t end = s + two; ; s++) {
-            start_sums(l, s, NOWHERE);
-            l->where[list->keys[s]] = (int32_t)s;
-            if (s == end) break;
-        }
+        start_sums(l, s);
+        if (two) start_sums(l, ++s);
     }
 }
 

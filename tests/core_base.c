@@ -356,6 +356,7 @@ static int child_status(const char *setting, bool wait_for_stop)
         if (sel_fault_init(1) != SEL_OK) _exit(90);
         if (sel_fault("forward", 2, NULL) || sel_fault("backward", 3, NULL)) _exit(91);
         (void)sel_fault("forward", 3, NULL);
+        sel_fault_within("keys");
         _exit(sel_fault("forward", 3, NULL) ? 92 : 0);
     }
     int status = 0;
@@ -408,6 +409,10 @@ static void test_fault(void)
     CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM, "status %x", (unsigned)status);
     status = child_status("1:forward:3:stop", true);
     CHECK(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP, "status %x", (unsigned)status);
+    status = child_status("1:keys:3:kill", false);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "status %x", (unsigned)status);
+    status = child_status("1:sums:3:kill,1:keys:4:kill", false);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "elsewhere: status %x", (unsigned)status);
     status = child_status("0:forward:3:kill", false);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "status %x", (unsigned)status);
 }
@@ -426,6 +431,15 @@ static void test_pulse(void)
     sel_pulse_leave();
     sel_pulse_read(&shared, &now);
     CHECK(now.position == before.position + 1 && now.marks > before.marks && now.when >= before.when, "left");
+    sel_pulse_exchange("keys");
+    sel_pulse_read(&shared, &before);
+    CHECK(strcmp(before.exchange, "keys") == 0 && strcmp(before.collective, "agree") == 0 &&
+          before.position == now.position && before.marks > now.marks, "in an exchange of some: %s", before.exchange);
+    sel_pulse_exchange(NULL);
+    sel_pulse_read(&shared, &before);
+    CHECK(!before.exchange[0] && before.marks > now.marks + 1, "no longer in %s", before.exchange);
+    before = now;
+    before.position--;
     sel_pulse_leave(); /* without an enter it counts as one more */
     sel_pulse_enter("a collective of a very long name");
     sel_pulse_phase("backward", -1);

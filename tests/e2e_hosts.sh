@@ -42,21 +42,22 @@ unset OMPI_MCA_oob_tcp_keepalive_time OMPI_MCA_oob_tcp_keepalive_intvl OMPI_MCA_
 starter=(mpirun)
 lose blackhole 137
 
-# A rank of the other host hangs, or is stopped: host 0 ends the job, the stack comes from the other one.
-for fault in 1:forward:30:sleep 1:reduce:30:stop; do
-    run=stuck-${fault//:/-}
-    train $run dist.watchdog_seconds=2
+# A rank of the other host hangs, or is stopped: host 0 ends the job, the stack comes from the other one.  Also where the
+# two share sequences: the one on host 0 waits for keys then, and is no further.
+for case in 1:forward:30:sleep/1 1:reduce:30:stop/1 1:forward:30:sleep/2; do
+    fault=${case%/*} run=stuck-${case//[:\/]/-}
+    train $run dist.watchdog_seconds=2 dist.mesh.sequence=${case#*/}
     SELECTRA_FAULT=$fault start_hosts -x SELECTRA_FAULT "${arguments[@]}"
     wait_step $run 29
     begun=$EPOCHREALTIME
     ended 75 20
-    echo "$fault on the other host: the job ended after $(seconds_since $begun) s"
+    echo "$case on the other host: the job ended after $(seconds_since $begun) s"
     case $fault in
     *sleep)
         said "rank 0.* watchdog: rank 1 on host $other has made no progress for [0-9]+ s: in forward of step 30"
         said '^\[rank 1\]  .*nanosleep' err.1 ;;
     *stop) said "rank 0.* watchdog: host $other \(rank 1\) has not been heard for [0-9]+ s" ;;
     esac
-    emptied "$fault"
+    emptied "$case"
 done
 verdict

@@ -72,15 +72,53 @@ check "losses with bfloat16 on the wire" awk 'NR == FNR { a[$1] = $2; next } { d
 
 # ---- a host that lends too little shared memory: all goes by MPI, and is said
 small_shm() {
-    OMPI_MCA_btl=tcp,self unshare --mount -- bash -c 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"' small "$@"
+    OMPI_MCA_btl=tcp,self unshare --mount -- bash -c 'mount -t tmpfs -o size=${SHM:-16m} tmpfs /dev/shm && exec "$@"' small "$@"
+}
+# in_small R ARGS...: as `ranks`, there.
+in_small() {
+    small_shm timeout -k 5 120 mpirun -n "$1" --oversubscribe --bind-to none --mca btl_tcp_if_include lo "$SELECTRA" \
+        "${@:2}"
 }
 if [ -z "${MPIRUN:-}" ] && small_shm true 2>/dev/null; then
     large=(model.width=512 model.layers=3 model.head_width=128 model.ffn_width=1024 model.context=8 train.steps=2)
     trained large 2 "${large[@]}"
     train small "${settings[@]}" "${large[@]}"
-    expect 0 small_shm timeout 120 mpirun -n 2 --oversubscribe --bind-to none --mca btl_tcp_if_include lo "$SELECTRA" "${arguments[@]}"
+    expect 0 in_small 2 "${arguments[@]}"
     said 'ranks of a host reduce by MPI, which is slower: .*shared memory are needed, /dev/shm has'
     same_state large small 2
+
+    # Two sequence groups of 11 MiB each: room for either of them alone.
+    long=(model.context=2048 train.batch=12 train.micro_batch=6 train.steps=1 dist.mesh.sequence=2)
+    trained long 4 "${long[@]}"
+    check "room for both groups" test -z "$(grep MPI err)"
+    train narrow "${settings[@]}" "${long[@]}"
+    expect 0 in_small 4 "${arguments[@]}"
+    said 'sequence groups exchange keys by MPI, which is slower: .*2[12][.][0-9] MiB of shared memory are needed, /dev/shm has'
+    same_state long narrow 1
+
+    # Two hosts that lie on one count its room twice; that there is none is found when it is wanted.
+    twice=(model.width=256 model.layers=1 model.head_width=64 model.ffn_width=896 model.context=8 train.steps=2)
+    SELECTRA_HOSTS=2,2 trained twice 4 "${twice[@]}" dist.shared_memory=false
+    train twice.small "${settings[@]}" "${twice[@]}"
+    SELECTRA_HOSTS=2,2 expect 0 in_small 4 "${arguments[@]}"
+    said 'ranks of a host reduce by MPI, which is slower: .*the host gives only .* MiB of shared memory that it promised'
+    same_state twice twice.small 2
+
+    # Open MPI keeps its files elsewhere, where room is short: it fails on one rank, and leaves the others waiting.
+    mkdir full
+    train stuck "${settings[@]}" "${large[@]}" dist.watchdog_seconds=2
+    OMPI_MCA_osc_sm_backing_directory=$TEMP/full expect 75 unshare --mount -- bash -c \
+        'mount -t tmpfs -o size=4m tmpfs full && exec "$@"' full timeout -k 5 60 "$SOURCE/tests/mpirun.sh" -n 2 "$SELECTRA" \
+        "${arguments[@]}"
+    said 'rank 1 on host .* no progress for [23] s: in start of step 0, waiting in its collective [0-9]+, MPI_Win_alloc'
+
+    # None at all, or nearly so: the watchdog cannot do with less.
+    export SHM=512k
+    train none "${settings[@]}" train.steps=2
+    expect 1 in_small 2 "${arguments[@]}"
+    said 'the watchdog: .* MiB of shared memory are needed, /dev/shm has .*; dist.watchdog_seconds: 0 does without'
+    expect 0 in_small 2 "${arguments[@]}" dist.watchdog_seconds=0
+    said 'ranks of a host reduce by MPI, which is slower'
 fi
 
 # ---- refused, with what would work

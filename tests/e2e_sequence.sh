@@ -59,6 +59,15 @@ if [ ! "${SEL_TEST_QUICK:-}" ]; then
     alike plain/1 hosts
     check "keys are counted" awk -F'"wire_bytes":' 'NR == 3 { exit !($2 + 0 > 1e5) }' hosts/metrics.jsonl
 
+    # Where operands are bfloat16, keys go as bfloat16 between hosts, and are the same as in a window.  (dist.shared_memory
+    # is the other way to have messages: but then gradients are summed by MPI, too.)
+    bfloat16=("${common[@]}" "${memory_loss[@]}" train.precision=bfloat16 train.steps=6)
+    train bfloat16.window "${bfloat16[@]}" dist.mesh.sequence=2
+    expect 0 ranks 2 "${arguments[@]}"
+    train bfloat16.hosts "${bfloat16[@]}" dist.mesh.sequence=2
+    SELECTRA_HOSTS=1,1 expect 0 ranks 2 "${arguments[@]}"
+    same_state bfloat16.window bfloat16.hosts 6
+
     # The mesh changes at checkpoints: 2 ranks a sequence, then none, then 4.
     train mixed "${common[@]}" "${memory_loss[@]}" dist.mesh.sequence=2
     SELECTRA_FAULT=1:forward:20:term expect 85 ranks 2 "${arguments[@]}"

@@ -37,10 +37,15 @@ sleep 4
 kill -CONT $pids
 ended 0 60
 
-# mpirun is killed: its ranks do not go on alone.
+# mpirun is killed: its ranks do not go on alone, and nothing of ours stays in /dev/shm.
+export TMPDIR=$TEMP   # for Open MPI's files
 train orphaned train.steps=1000000
 start 2 "${arguments[@]}"
 if wait_step orphaned 5; then pass; else fail "the run did not reach step 5"; fi
+maps=$(cat /proc/$(one_rank 0)/maps)
+check "windows have no names while they are used" awk '/ \/dev\/shm\/osc_sm/ { n++; named += !/\(deleted\)$/ }
+    END { exit !(n > 0 && !named) }' <<<"$maps"
+segments=$(grep -o '/dev/shm/vader_segment[^ ]*[.]' <<<"$maps" | sort -u)
 kill -9 "$job"
 ended 137 5
 for ((i = 0; i < 100; i++)); do
@@ -49,4 +54,5 @@ for ((i = 0; i < 100; i++)); do
     sleep 0.1
 done
 check "the ranks of a dead mpirun end" test -z "$left"
+for segment in $segments; do rm -f "$segment"*; done   # which nobody removes now
 verdict

@@ -507,9 +507,7 @@ static void test_killed_job(const char *self)
         const pid_t child = fork();
         if (child == 0) {
             char script[SEL_PATH_MAX], ranks[16], fault[64], path[SEL_PATH_MAX], asan[512];
-            snprintf(script, sizeof script, "%s", __FILE__);
-            char *slash = strrchr(script, '/');
-            strcpy(slash ? slash + 1 : script, "mpirun.sh");
+            snprintf(script, sizeof script, "%s/mpirun.sh", TESTS);
             snprintf(ranks, sizeof ranks, "%d", size);
             snprintf(fault, sizeof fault, "SELECTRA_FAULT=%d:save:20:kill", size - 1);
             snprintf(path, sizeof path, "PATH=%s", getenv("PATH"));

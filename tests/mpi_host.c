@@ -20,7 +20,7 @@ static void test_window(void)
         sel_host_window *w;
         size_t wrong = 0;
 
-        CHECK_OK(sel_host_window_new(&w, comm, n, "the test"));
+        CHECK_OK(sel_host_window_new(&w, comm, comm, n, "the test"));
         unsigned char *mine = sel_host_window_part(w, rank);
         CHECK((uintptr_t)mine % 64 == 0, "part at %p", (void *)mine);
         for (size_t i = 0; i < n; i++) wrong += mine[i] != 0;
@@ -38,14 +38,35 @@ static void test_window(void)
     }
 }
 
+/* Ranks of even and of odd numbers, each with a window of their own. */
+static void test_groups(void)
+{
+    sel_comm *group;
+    sel_host_window *w;
+    int wrong = 0;
+
+    sel_comm_split(&group, comm, rank % 2);
+    CHECK_OK(sel_host_window_new(&w, comm, group, sizeof(int), "a group"));
+    *(int *)sel_host_window_part(w, sel_comm_host_rank(group)) = rank;
+    sel_host_barrier(group);
+    for (int r = 0; r < sel_comm_size(group); r++) wrong += *(int *)sel_host_window_part(w, r) != 2 * r + rank % 2;
+    CHECK(wrong == 0, "%d parts are of other ranks", wrong);
+    sel_host_barrier(group);
+    sel_host_window_free(&w);
+
+    const size_t bytes = rank == size - 1 ? (size_t)1 << 44 : 1; /* one group's alone are too large */
+    CHECK(sel_host_window_new(&w, comm, group, bytes, "a giant") == SEL_ENOMEM && !w, "16 TiB of a rank");
+    sel_comm_close(&group);
+}
+
 /* More than the host has: all ranks are told, with the size, and nobody dies of it. */
 static void test_too_much(void)
 {
     sel_host_window *w;
 
-    CHECK(sel_host_window_new(&w, comm, (size_t)1 << 44, "a giant") == SEL_ENOMEM && !w, "16 TiB a rank");
+    CHECK(sel_host_window_new(&w, comm, comm, (size_t)1 << 44, "a giant") == SEL_ENOMEM && !w, "16 TiB a rank");
     CHECK(strstr(sel_error(), "a giant") && strstr(sel_error(), "/dev/shm has"), "%s", sel_error());
-    CHECK_OK(sel_host_window_new(&w, comm, 100, "a small one"));
+    CHECK_OK(sel_host_window_new(&w, comm, comm, 100, "a small one"));
     sel_host_window_free(&w);
 }
 
@@ -55,7 +76,7 @@ static void test_counters(void)
     enum { ROUNDS = 300 };
     sel_host_window *w;
 
-    CHECK_OK(sel_host_window_new(&w, comm, sizeof(sel_host_count) + sizeof(int), "the counters"));
+    CHECK_OK(sel_host_window_new(&w, comm, comm, sizeof(sel_host_count) + sizeof(int), "the counters"));
     for (uint32_t turn = 1; turn <= ROUNDS; turn++) {
         sel_host_count *const mine = sel_host_window_part(w, rank),
                               *const before = sel_host_window_part(w, (rank + size - 1) % size);
@@ -89,6 +110,7 @@ int main(int argc, char **argv)
     size = sel_comm_size(comm);
     CHECK(sel_comm_host_index(comm) == 0, "host %d", sel_comm_host_index(comm));
     test_window();
+    test_groups();
     test_too_much();
     test_counters();
 

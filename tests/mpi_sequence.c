@@ -21,6 +21,13 @@ static float number(int64_t kind, int64_t a, int64_t b, int64_t c)
     return (float)(sel_rng_uniform(3, (uint64_t)(kind * 1000 + a), (uint64_t)(b * 100000 + c)) - 0.5);
 }
 
+/* Of a key: with bfloat16 one that it holds. */
+static float key_number(bool bfloat16, int64_t round, int64_t b, int64_t at, int64_t w)
+{
+    const float x = number(round, b, at, w);
+    return bfloat16 ? floorf(x * 256.0f) / 256.0f : x;
+}
+
 /* Ranks come late in turn. */
 static void late(int round)
 {
@@ -28,7 +35,7 @@ static void late(int round)
     nanosleep(&t, NULL);
 }
 
-static void test_keys(sel_sequence *q, int64_t batch, int64_t width, int round)
+static void test_keys(sel_sequence *q, int64_t batch, int64_t width, bool bfloat16, int round)
 {
     const sel_chunks *const c = sel_sequence_chunks(q);
     const int64_t last = (sel_chunk_place(c, c->rank, c->chunks - 1) + 1) * c->each;
@@ -41,14 +48,14 @@ static void test_keys(sel_sequence *q, int64_t batch, int64_t width, int round)
             for (int64_t i = 0; i < c->each; i++)
                 for (int64_t w = 0; w < width; w++) {
                     const int64_t at = sel_chunk_place(c, c->rank, k) * c->each + i;
-                    keys[(b * c->tokens + at) * width + w] = number(round, b, at, w);
+                    keys[(b * c->tokens + at) * width + w] = key_number(bfloat16, round, b, at, w);
                 }
     sel_sequence_share(q, batch);
     late(round + 1);
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < last; i++)
             for (int64_t w = 0; w < width; w++)
-                wrong += keys[(b * c->tokens + i) * width + w] != number(round, b, i, w);
+                wrong += keys[(b * c->tokens + i) * width + w] != key_number(bfloat16, round, b, i, w);
     CHECK(wrong == 0, "round %d: %lld wrong keys", round, (long long)wrong);
 }
 
@@ -139,24 +146,30 @@ static void test_wire(sel_sequence *q, bool forward_only)
     CHECK(w.wire_bytes == 0.0 && w.host_bytes == 0.0 && w.wait_seconds == 0.0, "counted twice");
 }
 
-static void test_all(int64_t each, int64_t batch, int64_t width, sel_cut cut, bool no_window)
+/* Returns the bytes that this rank's keys of one round have taken between hosts. */
+static double test_all(int64_t each, int64_t batch, int64_t width, sel_cut cut, bool no_window, bool bfloat16)
 {
     sel_mesh m;
     sel_sequence *q;
-    sel_sequence_options o = {.batch = batch, .width = width, .no_window = no_window, .threads = 1};
+    sel_sequence_options o = {
+        .batch = batch, .width = width, .no_window = no_window, .bfloat16 = bfloat16, .threads = 1};
+    sel_wire first;
     int all[8];
 
     CHECK_OK(sel_mesh_init(&m, rank, size, 1, size));
     CHECK_OK(sel_mesh_chunks(&m, each * size * (cut == SEL_CUT_ZIGZAG && size > 1 ? 2 : 1), cut, &o.chunks));
     CHECK_OK(sel_sequence_new(&q, comm, &o));
-    if (!q) return;
+    if (!q) return 0.0;
     const bool windowless = no_window || sel_comm_hosts(comm) > 1;
     CHECK((sel_sequence_note(q)[0] != '\0') == windowless, "note: %s", sel_sequence_note(q));
     sel_pulse_view before, after;
     sel_pulse_read(&pulse, &before);
+    test_keys(q, batch, width, bfloat16, 0);
+    sel_sequence_end(q);
+    sel_sequence_wire(q, &first);
     for (int round = 0; round < 6; round++) {
         const int64_t here = round % 3 == 2 ? 1 : batch;
-        test_keys(q, here, width, round);
+        test_keys(q, here, width, bfloat16, round);
         test_sums(q, here, round);
         if (round % 2) test_gradients(q, here, width, round);
         else sel_sequence_end(q);
@@ -170,6 +183,14 @@ static void test_all(int64_t each, int64_t batch, int64_t width, sel_cut cut, bo
           "a group's exchanges count as the whole job's: ranks of other groups would seem to be behind");
     sel_sequence_free(&q);
     CHECK(!q, "freed");
+    return first.wire_bytes;
+}
+
+static void test_both(int64_t each, int64_t batch, int64_t width, sel_cut cut, bool no_window)
+{
+    const double all = test_all(each, batch, width, cut, no_window, false);
+    const double half = test_all(each, batch, width, cut, no_window, true);
+    CHECK(2.0 * half == all, "%g bytes of keys in bfloat16, %g in float32", half, all);
 }
 
 int main(int argc, char **argv)
@@ -183,9 +204,9 @@ int main(int argc, char **argv)
     sel_pulse_move(&pulse);
     for (int way = 0; way < 4; way++) {
         const sel_cut cut = way % 2 ? SEL_CUT_ZIGZAG : SEL_CUT_CONTIGUOUS;
-        test_all(1, 1, 1, cut, way / 2);
-        test_all(5, 2, 3, cut, way / 2);
-        test_all(37, 3, 24, cut, way / 2);
+        test_both(1, 1, 1, cut, way / 2);
+        test_both(5, 2, 3, cut, way / 2);
+        test_both(37, 3, 24, cut, way / 2);
     }
     const int verdict = check_verdict();
     sel_comm_close(&comm);

@@ -60,7 +60,7 @@ static outcome run(const example *e, sel_comm *part, const way *w, sel_cut cut, 
     if (!grads) abort();
     CHECK_OK(sel_mesh_init(&mesh, sel_comm_rank(part), sel_comm_size(part), 1, sel_comm_size(part)));
     sel_sequence_options s = { .batch = w->micro, .width = sel_model_keys_width(&e->layout->dims),
-                               .no_window = no_window, .threads = w->threads };
+                               .no_window = no_window, .bfloat16 = w->bfloat16, .threads = w->threads };
     CHECK_OK(sel_mesh_chunks(&mesh, e->n, cut, &s.chunks));
     CHECK_OK(sel_sequence_new(&q, part, &s));
     if (!q) abort();

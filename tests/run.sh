@@ -91,7 +91,7 @@ if build "gcc, sanitizers" build-test-asan "${generator[@]}" -DCMAKE_BUILD_TYPE=
     ASAN_OPTIONS=$ASAN_OPTIONS:fast_unwind_on_malloc=0
     # Left out but with --whole, for the time they take: other numbers of ranks, tests that wait for seconds to pass.
     later_ranks='^mpi_(reduce|sequence)[.](np[13]|hosts1)|^mpi_shared_model$'
-    later_programs='^e2e_(watchdog|launch|hosts|links|mesh|mesh_hosts|many|sequence|dead_keys)$'
+    later_programs='^e2e_(watchdog|faults_sequence|launch|hosts|links|mesh|mesh_hosts|many|sequence|dead_keys)$'
     [ -z "$whole" ] || later_ranks='^$' later_programs='^$'
     run_tests "sanitizers, ranks" build-test-asan -L mpi -E "$later_ranks"
     run_tests "sanitizers, the program" build-test-asan -L e2e -E "$later_programs"

@@ -19,11 +19,13 @@ typedef struct {
     bool done;
 } fault;
 
-static const char *const phases[] = {"data", "forward", "backward", "reduce", "optimizer", "validate", "save", NULL};
+static const char *const phases[] = {"data",     "forward", "backward", "reduce",    "optimizer",
+                                     "validate", "save",    "keys",     "sums",      "gradients", NULL};
 static const char *const kinds[] = {"kill", "stop", "sleep", "term", "nan", "enospc", NULL};
 
 static fault faults[MAX_FAULTS]; /* those of this rank */
 static int n_faults;
+static int64_t now = -1; /* the step of the phase that the rank is in */
 
 /* The word of the list, or NULL. */
 static const char *find_word(const char *const *words, const char *word)
@@ -63,8 +65,8 @@ static sel_status read_fault(char *text, int rank)
         return sel_fail(SEL_EUSER, "SELECTRA_FAULT: %s: rank: expected a number from 0, got \"%s\"", shown, field[0]);
     if (!phase)
         return sel_fail(SEL_EUSER,
-                        "SELECTRA_FAULT: %s: phase: expected data, forward, backward, reduce, optimizer, validate or "
-                        "save, got \"%s\"",
+                        "SELECTRA_FAULT: %s: phase: expected data, forward, backward, reduce, optimizer, validate, "
+                        "save, keys, sums or gradients, got \"%s\"",
                         shown, field[1]);
     if (!read_count(field[2], &step))
         return sel_fail(SEL_EUSER, "SELECTRA_FAULT: %s: step: expected a number from 0, got \"%s\"", shown, field[2]);
@@ -83,6 +85,7 @@ static sel_status read_fault(char *text, int rank)
 sel_status sel_fault_init(int rank)
 {
     n_faults = 0;
+    now = -1;
     const char *setting = getenv("SELECTRA_FAULT");
     if (!setting || !*setting) return SEL_OK;
 
@@ -101,12 +104,10 @@ static void sleep_ms(int64_t ms)
     while (nanosleep(&left, &left) != 0 && errno == EINTR) continue;
 }
 
-bool sel_fault(const char *phase, int64_t step, const char *kind)
+/* Whether one that the caller acts out itself is due. */
+static bool act(const char *phase, int64_t step, const char *kind)
 {
-    SEL_ASSERT(find_word(phases, phase));
     bool due = false;
-
-    sel_pulse_phase(phase, step);
 
     for (int i = 0; i < n_faults; i++) {
         fault *f = &faults[i];
@@ -126,4 +127,17 @@ bool sel_fault(const char *phase, int64_t step, const char *kind)
         if (strcmp(f->kind, "sleep") == 0) sleep_ms(30000);
     }
     return due;
+}
+
+bool sel_fault(const char *phase, int64_t step, const char *kind)
+{
+    SEL_ASSERT(find_word(phases, phase));
+    now = step;
+    sel_pulse_phase(phase, step);
+    return act(phase, step, kind);
+}
+
+void sel_fault_within(const char *phase)
+{
+    (void)act(phase, now, NULL);
 }

@@ -44,6 +44,7 @@ void sel_pulse_move(sel_pulse *to)
     pulse = to ? to : &own;
     set(&pulse->position, now.position);
     set_name(pulse->collective, now.collective);
+    set_name(pulse->exchange, now.exchange);
     sel_pulse_phase(now.phase, now.step);
 }
 
@@ -76,9 +77,9 @@ void sel_pulse_leave(void)
     sel_pulse_tick();
 }
 
-void sel_pulse_group(const char *what)
+void sel_pulse_exchange(const char *what)
 {
-    set_name(pulse->collective, what);
+    set_name(pulse->exchange, what ? what : "");
     sel_pulse_tick();
 }
 
@@ -90,4 +91,5 @@ void sel_pulse_read(const sel_pulse *p, sel_pulse_view *view)
     view->when = get(&p->when);
     get_name(p->phase, view->phase);
     get_name(p->collective, view->collective);
+    get_name(p->exchange, view->exchange);
 }

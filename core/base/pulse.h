@@ -17,7 +17,7 @@ typedef struct {
     _Atomic uint64_t position;   /* collectives of the whole job begun plus those ended: odd within one */
     _Atomic int64_t step;
     _Atomic uint64_t when;       /* of the last mark: nanoseconds of the host's monotonic clock */
-    _Atomic uint64_t phase[SEL_PULSE_NAME / 8], collective[SEL_PULSE_NAME / 8];   /* text */
+    _Atomic uint64_t phase[SEL_PULSE_NAME / 8], collective[SEL_PULSE_NAME / 8], exchange[SEL_PULSE_NAME / 8]; /* text */
 } sel_pulse;
 
 /* What a reader sees. */
@@ -26,6 +26,7 @@ typedef struct {
     int64_t step;
     uint64_t when;
     char phase[SEL_PULSE_NAME], collective[SEL_PULSE_NAME];   /* collective: the last one that was entered */
+    char exchange[SEL_PULSE_NAME];   /* of some of the ranks, in which this one waits; "": in none */
 } sel_pulse_view;
 
 /* From here on the marks go there, in memory that others see too, with what has been marked so far.  NULL: back into
@@ -42,9 +43,9 @@ void sel_pulse_tick(void);
 void sel_pulse_enter(const char *collective);
 void sel_pulse_leave(void);
 
-/* It waits for some of the ranks only, or has done so: the name alone is marked.  Ranks of different groups may come to
-   this unequally often, so it says nothing about who is behind whom. */
-void sel_pulse_group(const char *what);
+/* It has brought its own to an exchange of some of the ranks only (its name) and waits for the others; NULL: no more.
+   Ranks of different groups may come to this unequally often, so it is not counted with the collectives. */
+void sel_pulse_exchange(const char *what);
 
 void sel_pulse_read(const sel_pulse *p, sel_pulse_view *view);
 

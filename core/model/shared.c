@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 #include "core/model/plan.h"
+#include "dist/tree.h"
 
 static int place_of(const sel_model *m, int k) { return sel_chunk_place(&m->chunks, m->chunks.rank, k); }
 
@@ -44,6 +45,13 @@ sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int 
     return a;
 }
 
+/* n numbers of a key, as attention reads them where its operands are bfloat16: then less need be sent. */
+static void copy_key(const sel_model *m, float *to, const float *from, int64_t n)
+{
+    if (m->opt.bfloat16) sel_round_bfloat16(to, from, n);
+    else memcpy(to, from, (size_t)n * sizeof *to);
+}
+
 /* [collective] This rank's normed k, v and sel_k to the others; the keys of all. */
 static const float *share_keys(const sel_model *m, int64_t l, int64_t batch)
 {
@@ -60,9 +68,9 @@ static const float *share_keys(const sel_model *m, int64_t l, int64_t batch)
 #pragma omp parallel for num_threads(m->opt.threads) schedule(static)
         for (int64_t r = 0; r < batch * each; r++) {
             float *const at = to + (r / each * c->tokens + r % each) * width;
-            memcpy(at, normed + r * qk_row, (size_t)kv * sizeof *at);
-            memcpy(at + kv, raw + r * qkv_row + q_width(d) + kv, (size_t)kv * sizeof *at);
-            memcpy(at + 2 * kv, raw + r * qkv_row + sel_column(d) + sel, (size_t)sel * sizeof *at);
+            copy_key(m, at, normed + r * qk_row, kv);
+            copy_key(m, at + kv, raw + r * qkv_row + q_width(d) + kv, kv);
+            copy_key(m, at + 2 * kv, raw + r * qkv_row + sel_column(d) + sel, sel);
         }
     }
     sel_sequence_share(m->opt.sequence, batch);
