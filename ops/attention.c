@@ -127,7 +127,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 
     if (!backward) {
         p.slots = p.columns > SUPER ? H : 1;
-        p.qt = take(&end, p.slots * dh * TILE);
+        p.qt = take(&end, (p.slots > 1 ? p.slots : 2) * dh * TILE);
         p.ot = take(&end, p.slots * dh * TILE);
         p.ml = take(&end, 2 * p.slots * TILE);
         p.raw = take(&end, square);
@@ -198,7 +198,7 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     }
     p.pack0 = end;
     p.pack_size = pack;
-    p.total = end + pack * (a->B >= a->threads ? a->threads : 1);
+    p.total = end + pack * (!backward || a->B >= a->threads ? a->threads : 1);   /* forward: one a thread */
     return p;
 }
 

@@ -298,8 +298,8 @@ typedef struct {
     const words_plan *p;
     int64_t b;                /* sequence */
     float *scratch;           /* this thread's */
-    float *pack;              /* this sequence's packed operands */
-    bool packed;              /* all of them are there; else each row tile packs the keys that are new in it */
+    float *pack;              /* this sequence's packed operands, as far as this thread met them */
+    int64_t packed;           /* column tiles that are there; each row tile packs the keys that are new in it */
     tile_room room;
     double m_max;             /* the memory loss's largest M so far, and its row */
     int64_t m_row;
@@ -408,7 +408,7 @@ static row_tile row_tile_of(const forward_job *w, int64_t I)
     const int64_t oldest = a->window && row0 >= a->window ? row0 - a->window + 1 : 0;
     return (row_tile){ .I = I, .row0 = row0, .rows = (int)(end - row0), .J0 = oldest / TILE,
                        .J1 = (end + TILE - 1) / TILE,
-                       .fresh = w->packed ? w->p->columns : I ? (row0 + TILE - 1) / TILE : 0 };
+                       .fresh = w->packed };
 }
 
 /* Column tiles are visited in rising order, with a window in falling order: the first one must have keys that all rows
@@ -427,6 +427,12 @@ static head_rows rows_of(const forward_job *w, int64_t h)
     float *const m = w->scratch + w->p->ml + 2 * at * TILE;
     return (head_rows){ .q = (const word *)(w->scratch + w->p->qt) + at * size / PAIR,
                         .o = w->scratch + w->p->ot + at * size, .m = m, .l = m + TILE };
+}
+
+/* Where Q^T of a head lies.  There is room for two: the next head's is made before this head's results are written. */
+static word *qt_of(const forward_job *w, int64_t h)
+{
+    return (word *)(w->scratch + w->p->qt) + (w->p->slots > 1 ? h : h % 2) * w->a->dh * TILE / PAIR;
 }
 
 static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
@@ -470,18 +476,18 @@ static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
 }
 
 /* Asks for what comes after tile n of head h in the super-block [n0, n1) of a row tile: the keys of the next tile, and
-   in good time the next head's rows and the lines that this head's results go to. */
+   in good time the next head's rows. */
 static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, int64_t n0, int64_t n1)
 {
     const sel_attention *a = w->a;
     const int64_t bytes = a->dh * 4, count = t->J1 - t->J0;
     const bool same_tile = h + 1 < a->heads || n1 < count, more = same_tile || t->I + 1 < w->p->tiles;
-    const row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
+    row_tile after = same_tile ? *t : row_tile_of(w, t->I + 1);
     const int64_t next_h = h + 1 < a->heads ? h + 1 : 0, next_n = h + 1 < a->heads ? n0 : n1 < count ? n1 : 0;
     fetch_queue *const q = &w->room.next;
 
+    if (!same_tile && t->J1 > after.fresh) after.fresh = t->J1;
     if (n == n0) q->n = 0;
-    if (n == count - 1) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, bytes);
     if (n == n0 && more) {
         const head_rows r = rows_of(w, next_h);
         if (next_n == 0) {
@@ -511,12 +517,15 @@ INLINE __m512 log2_ps(__m512 x, __m512 *e)
     return _mm512_mul_ps(p, s);
 }
 
-/* out and lse of one head of a row tile. */
+/* out and lse of one head of a row tile.  Without dead keys whole tiles always go around the caches: rows that have to be
+   read first, and then wait for a place among operands, cost more than the products of a quarter tile. */
 static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
     const head_rows r = rows_of(w, h);
     float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
+    const bool around = w->around || (!a->dead_after && t->rows == TILE &&
+                                      ((uintptr_t)out | (uintptr_t)(a->out_row * 4)) % 64 == 0);
 
     for (int i0 = 0; i0 < t->rows; i0 += V16) {
         const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;
@@ -539,11 +548,18 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             for (int k = 0; k < 16; k++)
                 x[k] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(r.o + (d + k) * TILE + i0), inverse));
             transpose_registers(x);
-            #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                if (i < n) store_result(out + (i0 + i) * a->out_row + d, _mm512_castsi512_ps(x[i]), w->around);
+            float *const to = out + i0 * a->out_row + d;
+            if (around && n == V16) {
+                #pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), true);
+            } else {
+                #pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    if (i < n) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), around);
+            }
         }
     }
+    if (around && !a->dead_after && h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */
@@ -579,13 +595,12 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
     word *const sel_qt = (word *)(w->scratch + p->sel_qt);
 
     if (bilinear) transpose_selecting(w, &t, sel_qt);
+    transpose_words(qt_of(w, 0), q_of(w, &t, 0), a->q_row, t.rows, a->dh);
     for (int64_t n0 = 0; n0 < count; n0 += SUPER) {
         const int64_t n1 = n0 + SUPER < count ? n0 + SUPER : count;
         for (int64_t h = 0; h < a->heads; h++) {
-            const head_rows rows = rows_of(w, h);
-            if (n0 == 0)
-                transpose_words((word *)(w->scratch + p->qt) + slot(w, h) * a->dh / PAIR * TILE, q_of(w, &t, h),
-                                a->q_row, t.rows, a->dh);
+            head_rows rows = rows_of(w, h);
+            rows.q = qt_of(w, h);
             for (int64_t n = n0; n < n1; n++) {
                 const int64_t J = visited(w, &t, n), col0 = J * TILE, off = t.row0 - col0;
                 const tile_view view = view_of(off, a->window, t.rows);
@@ -606,9 +621,12 @@ static void forward_tile(forward_job *w, int64_t I, float *carry)
                 }
                 attend_tile(&w->room, &keys, &rows, &view, h == 0 ? raw : NULL, a->selective ? NF : NULL, n == 0);
             }
+            if (n0 == 0 && h + 1 < a->heads)
+                transpose_words(qt_of(w, h + 1), q_of(w, &t, h + 1), a->q_row, t.rows, a->dh);
             if (n1 == count) finish_rows(w, &t, h);
         }
     }
+    if (t.J1 > w->packed) w->packed = t.J1;
     for (int i = 0; memory && i < t.rows; i++) {
         const double needed = (double)(t.row0 + i + 1) - rowsum[i];
         if (needed > w->m_max || (needed == w->m_max && t.row0 + i < w->m_row)) {
@@ -698,24 +716,26 @@ static void carry_column(const forward_job *w, int64_t J)
     }
 }
 
-/* One sequence by all threads: carries of all groups first, then the groups are independent. */
+/* One sequence by all threads: carries of all groups first, then the groups are independent.  Each thread packs the keys
+   for itself: beside products that takes less time than all together take before them, waiting for memory. */
 static void forward_shared(const sel_attention *a, const words_plan *p, int64_t b)
 {
     forward_job best = new_forward_job(a, p, b, 0, 0);
     #pragma omp parallel num_threads(a->threads)
     {
-        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), 0);
+        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), omp_get_thread_num());
         float *const carry = w.scratch + p->carry;
 
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) {
-            pack_keys(&w, 0, a->kv_heads, J);
-            if (a->selective) carry_column(&w, J);
+            if (!a->selective) continue;
+            pack_keys(&w, 0, 1, J);
+            carry_column(&w, J);
         }
-        w.packed = true;
         #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < p->groups; k++) {   /* later groups see more keys: the dearest first */
             const int64_t g = p->groups - 1 - k;
+            if (a->window) w.packed = 0;   /* those before the last group's windows are not there */
             if (a->selective) memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
             if (a->selective && g == p->groups - 1) end_carry(&w, carry);
