@@ -296,8 +296,8 @@ static void message(sel_sequence *q, bool sends, float *at, int64_t blocks, int6
     CK(q->comm, MPI_Type_free(&type));
 }
 
-/* Counts `bytes` that go from this rank to those for which `wanted` says so: by the wire, where to other hosts, of which
-   each must get it once. */
+/* Counts `bytes` that go from this rank to those for which `wanted` says so: by the wire, where to other hosts, each of
+   which must get it once. */
 static void count_sent(sel_sequence *q, double bytes, const bool *wanted)
 {
     const int me = q->opt.chunks.rank, ranks = q->opt.chunks.ranks;

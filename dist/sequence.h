@@ -4,8 +4,8 @@
  * earlier tokens; the sums over columns of the chunks before or after its own; and it makes gradients for keys that
  * are others'.  Where a group lies in one host all this is in one window of shared memory, the keys once for all of
  * them, and nothing is copied: counters say when it is complete.  Elsewhere, or where a host lends no shared memory,
- * the same arrays are each rank's own and messages fill them, each number sent only to ranks that read it.  Both ways add
- * the same numbers in the same order, by position: the same bits.
+ * the same arrays are each rank's own and messages fill them, each number sent only to ranks that read it.  Both ways
+ * add the same numbers in the same order, by position: the same bits.
  *
  * [collective]: on all ranks of the group, in the same order; the sequence group is what a single rank would be.
  */

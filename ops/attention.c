@@ -173,9 +173,10 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
 
     if (!backward && !a->dead_after) {
         /* bfloat16 packs all keys and values, float32 the last, incomplete tile only. */
-        p.k = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
-        p.v = take(&pack, p.columns * TILE * kv / 2 > TILE * kv ? p.columns * TILE * kv / 2 : TILE * kv);
-        p.sel_k = take(&pack, p.columns * TILE * sel / 2 > TILE * sel ? p.columns * TILE * sel / 2 : TILE * sel);
+        const int64_t packed = a->bfloat16 ? p.columns * TILE / 2 : TILE;
+        p.k = take(&pack, packed * kv);
+        p.v = take(&pack, packed * kv);
+        p.sel_k = take(&pack, packed * sel);
     }
     if (!backward) {
         p.carries = take(&end, a->selective && !a->saved && a->B % a->threads ? most_carries(p.rows) * a->i1 : 0);
@@ -198,7 +199,8 @@ words_plan sel_attention_words_plan(const sel_attention *a, bool backward)
     }
     p.pack0 = end;
     p.pack_size = pack;
-    p.total = end + pack * (!backward || a->B >= a->threads ? a->threads : 1);   /* forward: one a thread */
+    p.packs = a->B >= a->threads || (!backward && a->threads <= MOST_PACKS) ? a->threads : 1;
+    p.total = end + pack * p.packs;
     return p;
 }
 

@@ -135,8 +135,8 @@ typedef void sel_attention_backward_fn(const sel_attention *a, const sel_attenti
  * so that both together equal backward with that dcarry_in, up to rounding.  Backward's dcarry_out, with dcarry_in
  * NULL, is the column sums of dF over its own rows: an exclusive suffix sum over the calls is each one's dcarry_in.
  * Here dcarry_out is left alone: it would count dF twice.  Of g only dcarry_in (NULL: nothing to do), dq, dk, dsel_q
- * and dsel_k are used, of a's arrays q, k, sel_q, sel_k and, with dead_after, saved, as forward left it.  For equal threads
- * equal bits.
+ * and dsel_k are used, of a's arrays q, k, sel_q, sel_k and, with dead_after, saved, as forward left it.  For equal
+ * threads equal bits.
  */
 typedef sel_attention_forward_fn sel_attention_carry_fn;
 typedef sel_attention_backward_fn sel_attention_carry_backward_fn;

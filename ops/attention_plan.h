@@ -43,14 +43,15 @@ typedef struct {
     int64_t qt, ot, ml, raw, redo, f, p, carry;      /* in a thread's scratch */
     int64_t carries;
     int64_t l0, g, pi, zi, zk, dk, dv, dq;           /* backward */
-    int64_t pack0, pack_size;
+    int64_t pack0, pack_size, packs;                 /* set s at pack0 + s * pack_size: one a thread, or one for all */
     int64_t k, v;                                    /* packed keys and values, in a sequence's pack */
     int64_t k_pairs, qt_all, dot_all, lse_all, delta_all, q_rows, dout_rows;
     /* a selection with rows of its own: as qt, dq, dk, then in the pack as k, k_pairs, qt_all, q_rows; without room
        elsewhere */
     int64_t sel_qt, dsel_q, dsel_k, sel_k, sel_k_pairs, sel_qt_all, sel_q_rows;
-    /* dead keys: lists of keys, backward: of those that the next list brings; their places, so many, and operands there (live_k: by row; live_v: forward by pairs,
-       backward by row; live_pairs: backward); backward: tiles of keys taken together, sums of gradients, dF */
+    /* dead keys: lists of keys, backward: of those that the next list brings; their places, so many, and operands there
+       (live_k: by row; live_v: forward by pairs, backward by row; live_pairs: backward); backward: tiles of keys taken
+       together, sums of gradients, dF */
     int64_t lists, list_size, coming, held, where, places, live_k, live_v, live_pairs, live_sel_k, live_sel_pairs;
     int64_t live_tiles, live_dk, live_dv, live_dsel_k, dcarry;
     int64_t total;
@@ -59,7 +60,8 @@ typedef struct {
 /* The AVX-512 kernels take pairs of column tiles and, in backward, of row tiles together. */
 enum {
     SIDE = 2,
-    LIVE_SIDE = 4    /* with dead keys: tiles of one row tile's live keys */
+    LIVE_SIDE = 4,   /* with dead keys: tiles of one row tile's live keys */
+    MOST_PACKS = 4   /* of threads that share a sequence in forward: so many pack its keys each for itself */
 };
 
 words_plan sel_attention_words_plan(const sel_attention *a, bool backward);

@@ -338,7 +338,8 @@ static void rebuild_selection(backward_job *w, const square_of_tiles *u, int64_t
                 product_32((seen.end - seen.first) * 8, kw, k + seen.first * 8 * kw, kw, 1,
                            selecting_rows_at(w, I).qt + lane, TILE, L0 + seen.first * 8 * TILE + lane, TILE, true);
             }
-            select_words(a, L0, panel(w, p->f, u, I, J), carry, t.rows, t.cols, t.view.lanes, t.col0, t.view.off);
+            select_words(a, L0, panel(w, p->f, u, I, J), carry, t.rows, t.cols, t.view.lanes, t.col0,
+                         a->i0 + I * TILE - t.col0);
         }
     }
 }

@@ -517,8 +517,8 @@ INLINE __m512 log2_ps(__m512 x, __m512 *e)
     return _mm512_mul_ps(p, s);
 }
 
-/* out and lse of one head of a row tile.  Without dead keys whole tiles always go around the caches: rows that have to be
-   read first, and then wait for a place among operands, cost more than the products of a quarter tile. */
+/* out and lse of one head of a row tile.  Without dead keys whole tiles always go around the caches: rows that have to
+   be read first, and then wait for a place among operands, cost more than the products of a quarter tile. */
 static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
@@ -716,26 +716,29 @@ static void carry_column(const forward_job *w, int64_t J)
     }
 }
 
-/* One sequence by all threads: carries of all groups first, then the groups are independent.  Each thread packs the keys
-   for itself: beside products that takes less time than all together take before them, waiting for memory. */
+/* One sequence by all threads: carries of all groups first, then the groups are independent.  A few threads pack the
+   keys each for itself: beside products that takes less time than all together take before them, waiting for memory.
+   Of many each would pack most keys for a few rows. */
 static void forward_shared(const sel_attention *a, const words_plan *p, int64_t b)
 {
+    const bool apart = a->threads <= MOST_PACKS;
     forward_job best = new_forward_job(a, p, b, 0, 0);
     #pragma omp parallel num_threads(a->threads)
     {
-        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), omp_get_thread_num());
+        forward_job w = new_forward_job(a, p, b, omp_get_thread_num(), apart ? omp_get_thread_num() : 0);
         float *const carry = w.scratch + p->carry;
 
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) {
-            if (!a->selective) continue;
-            pack_keys(&w, 0, 1, J);
-            carry_column(&w, J);
+            if (!apart) pack_keys(&w, 0, a->kv_heads, J);
+            else if (a->selective) pack_keys(&w, 0, 1, J);
+            if (a->selective) carry_column(&w, J);
         }
+        if (!apart) w.packed = p->columns;
         #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < p->groups; k++) {   /* later groups see more keys: the dearest first */
             const int64_t g = p->groups - 1 - k;
-            if (a->window) w.packed = 0;   /* those before the last group's windows are not there */
+            if (apart && a->window) w.packed = 0;   /* those before the last group's windows are not there */
             if (a->selective) memcpy(carry, group_carry(&w, g), (size_t)a->i1 * sizeof *carry);
             for (int64_t I = g * p->group; I < p->tiles && I < (g + 1) * p->group; I++) forward_tile(&w, I, carry);
             if (a->selective && g == p->groups - 1) end_carry(&w, carry);

@@ -67,6 +67,10 @@ if [ ! "${SEL_TEST_QUICK:-}" ]; then
     train bfloat16.hosts "${bfloat16[@]}" dist.mesh.sequence=2
     SELECTRA_HOSTS=1,1 expect 0 ranks 2 "${arguments[@]}"
     same_state bfloat16.window bfloat16.hosts 6
+    train float32.hosts "${bfloat16[@]}" train.precision=float32 dist.mesh.sequence=2
+    SELECTRA_HOSTS=1,1 expect 0 ranks 2 "${arguments[@]}"
+    check "keys take half the bytes" awk -F'"wire_bytes":' '{ v[FNR == NR] = $2 + 0 } END { exit !(v[0] > 0 && v[0] < 0.95 * v[1]) }' \
+        float32.hosts/metrics.jsonl bfloat16.hosts/metrics.jsonl
 
     # The mesh changes at checkpoints: 2 ranks a sequence, then none, then 4.
     train mixed "${common[@]}" "${memory_loss[@]}" dist.mesh.sequence=2

@@ -155,7 +155,8 @@ static sel_status open_sequence(sel_trainer *t)
     const sel_sequence_options o = { .chunks = t->chunks, .group = t->mesh.data_rank, .batch = t->micro,
                                      .width = sel_model_keys_width(&t->layout->dims),
                                      .no_window = !t->config->dist.shared_memory,
-                                     .bfloat16 = t->config->train.precision == SEL_PRECISION_BFLOAT16, .threads = t->threads };
+                                     .bfloat16 = t->config->train.precision == SEL_PRECISION_BFLOAT16,
+                                     .threads = t->threads };
     return t->mesh.sequence > 1 ? sel_sequence_new(&t->sequence, t->comm, &o) : SEL_OK;
 }
 
