@@ -349,7 +349,7 @@ static void name_stuck(const sel_watchdog *w, const sel_beacon_news *n)
     say(w, "rank %d on host %s has made no progress for %.0f s: %s%s", n->rank, on->name, n->stale_ms / 1000.0, where,
         process);
     if (in_collective(&n->pulse) || in_exchange(&n->pulse))
-        say(w, "no rank is known to be behind it: the communication itself is stuck");
+        say(w, "no rank is known to be behind it: the communication itself may be stuck");
 }
 
 /* Between hosts, by the first rank of each.  What this host knows is sent about ten times in the time that counts as
