@@ -87,7 +87,7 @@ static inline bool attention_bilinear(const sel_attention *a) { return a->select
 
 /* What S is made of: the rows that begin with the call's first and all keys, of the first sequence; dh values a row. */
 typedef struct {
-    const float *q, *k;
+    const void *q, *k;
     int64_t q_seq, q_row, k_seq, k_row;
 } selection_source;
 

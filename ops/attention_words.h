@@ -42,6 +42,15 @@ enum {
 
 typedef uint32_t word;
 
+/* What the caller's arrays of operands hold. */
+#if WORD_BF16
+typedef uint16_t operand;
+#else
+typedef float operand;
+#endif
+
+INLINE const operand *operands(const void *x) { return x; }
+
 INLINE __m512 dot(__m512 acc, __m512i a, __m512i b)
 {
 #if WORD_BF16
@@ -166,28 +175,25 @@ INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t sr
     for (int r = 0; r < 16; r++) _mm512_storeu_si512(dst + r * dst_row, a[r]);
 }
 
-/* 16 words of x; bfloat16: of 32 values, or of 16 and zeros where there is no more. */
-INLINE __m512i words_16(const float *x, bool half)
+INLINE __m256i load_half(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
+
+/* 16 words of x, or 8 and zeros where there is no more. */
+INLINE __m512i words_16(const operand *x, bool half)
 {
-#if WORD_BF16
-    return (__m512i)_mm512_cvtne2ps_pbh(half ? _mm512_setzero_ps() : _mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
-#else
-    (void)half;
-    return _mm512_loadu_si512(x);
-#endif
+    return half ? _mm512_zextsi256_si512(load_half(x)) : _mm512_loadu_si512(x);
 }
 
 /* n values of x as n / PAIR words (n a multiple of 16). */
-INLINE void row_words(word *w, const float *x, int64_t n)
+INLINE void row_words(word *w, const operand *x, int64_t n)
 {
     int64_t d = 0;
-    for (; d + 16 * PAIR <= n; d += 16 * PAIR) _mm512_storeu_si512(w + d / PAIR, words_16(x + d, false));
-    if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
+    for (; d + 16 * PAIR <= n; d += 16 * PAIR) _mm512_storeu_si512(w + d / PAIR, _mm512_loadu_si512(x + d));
+    if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), load_half(x + d));
 }
 
-/* 16 lanes, from i on, of X [n / PAIR][TILE]: words of `rows` rows of x (x_row floats apart, n values each), rows in
+/* 16 lanes, from i on, of X [n / PAIR][TILE]: words of `rows` rows of x (x_row values apart, n of them each), rows in
    the lanes, zeros in those beyond. */
-INLINE void transpose_lanes(word *X, const float *x, int64_t x_row, int i, int rows, int64_t n)
+INLINE void transpose_lanes(word *X, const operand *x, int64_t x_row, int i, int rows, int64_t n)
 {
     for (int64_t d = 0; d < n; d += 16 * PAIR) {
         const bool half = n - d < 16 * PAIR;
@@ -203,7 +209,7 @@ INLINE void transpose_lanes(word *X, const float *x, int64_t x_row, int i, int r
 }
 
 /* All lanes; of at most 32 rows no more than 32. */
-INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
+INLINE void transpose_words(word *X, const operand *x, int64_t x_row, int rows, int64_t n)
 {
     for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16) transpose_lanes(X, x, x_row, i, rows, n);
 }
@@ -218,11 +224,12 @@ INLINE __m512i weave_halves(__m512i x)
 }
 
 /* Word (r / 2, d) = (x[r][d], x[r + 1][d]): n values (a multiple of 16) of two rows; b may be NULL: zeros. */
-INLINE void pair_rows(word *w, const float *a, const float *b, int64_t n)
+INLINE void pair_rows(word *w, const operand *a, const operand *b, int64_t n)
 {
     for (int64_t d = 0; d < n; d += 16) {
-        const __m512 low = _mm512_loadu_ps(a + d), high = b ? _mm512_loadu_ps(b + d) : _mm512_setzero_ps();
-        _mm512_storeu_si512(w + d, weave_halves((__m512i)_mm512_cvtne2ps_pbh(high, low)));
+        const __m512i low = _mm512_castsi256_si512(load_half(a + d));
+        const __m256i high = b ? load_half(b + d) : _mm256_setzero_si256();
+        _mm512_storeu_si512(w + d, weave_halves(_mm512_inserti64x4(low, high, 1)));
     }
 }
 #endif
