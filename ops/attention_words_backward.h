@@ -24,6 +24,15 @@ typedef struct {
     gradient_room room;
 } backward_job;
 
+static bool gradients_go_around(const sel_attention *a, const sel_attention_grad *g)
+{
+    const int64_t bytes = sizeof *g->dq;
+    return goes_around(a, g->dq, g->dq_seq, g->dq_row, bytes) && goes_around(a, g->dk, g->dk_seq, g->dk_row, bytes) &&
+           goes_around(a, g->dv, g->dv_seq, g->dv_row, bytes) &&
+           (!attention_bilinear(a) || (goes_around(a, g->dsel_q, g->dsel_q_seq, g->dsel_q_row, bytes) &&
+                                       goes_around(a, g->dsel_k, g->dsel_k_seq, g->dsel_k_row, bytes)));
+}
+
 /* The four tiles that go together: row tiles [I0, I1), column tiles [J0, J1), a group of row tiles from `group`. */
 typedef struct {
     int64_t I0, I1, J0, J1, group;
@@ -195,10 +204,10 @@ static void store_columns(const backward_job *w, float *to, int64_t row, const f
     const __m512 s = _mm512_set1_ps((float)scale);
     const int64_t cols = least(w->a->i1 - J * TILE, TILE);
     for (int64_t j = 0; j < cols; j++) {
-        for (int64_t d = 0; d < dh && j + NEAR < cols; d += V16)
+        for (int64_t d = 0; d < dh && j + NEAR < cols && !w->around; d += V16)
             _mm_prefetch((const char *)(to + (j + NEAR) * row + d), _MM_HINT_T0);
         for (int64_t d = 0; d < dh; d += V16)
-            _mm512_storeu_ps(to + j * row + d, _mm512_mul_ps(_mm512_loadu_ps(from + j * dh + d), s));
+            store_result(to + j * row + d, _mm512_mul_ps(_mm512_loadu_ps(from + j * dh + d), s), w->around);
     }
 }
 
@@ -381,14 +390,14 @@ static void fetch_head(backward_job *w, int64_t h, const square_of_tiles *u)
     const int64_t kh = h * a->kv_heads / a->heads, width = a->dh * 4, size = TILE * width;
     fetch_queue *const q = &w->room.next;
 
-    for (int64_t J = u->J0; J < u->J1 && u->last_rows; J++) {
+    for (int64_t J = u->J0; J < u->J1 && u->last_rows && !w->around; J++) {
         const int64_t cols = least(a->i1 - J * TILE, TILE);
         fetch_rows(q, g->dk + key_place(w, g->dk_seq, g->dk_row, kh, J), g->dk_row * 4, cols, width);
         fetch_rows(q, g->dv + key_place(w, g->dv_seq, g->dv_row, kh, J), g->dv_row * 4, cols, width);
     }
     for (int64_t I = u->I0; I < u->I1; I++) {
         const int64_t rows = least(w->p->rows - I * TILE, TILE);
-        if (!w->shared && seen_to(w, I) <= u->J1)
+        if (!w->shared && !w->around && seen_to(w, I) <= u->J1)
             fetch_rows(q, g->dq + row_place(w, g->dq_seq, g->dq_row, h, I), g->dq_row * 4, rows, width);
         fetch_block(q, rows_at(w, h, I).dq, size);
     }
@@ -639,7 +648,9 @@ static void backward_words(const sel_attention *a, const sel_attention_grad *g)
     #pragma omp parallel for num_threads(a->threads) schedule(static, 1)
     for (int64_t b = 0; b < whole; b++) {
         backward_job w = new_backward_job(a, g, &p, b, omp_get_thread_num(), omp_get_thread_num());
+        w.around = WORD_BF16 && gradients_go_around(a, g);   /* 2% faster; float32 gains nothing */
         for (int64_t J = 0; J < p.columns; J += SIDE) backward_columns(&w, J);
+        end_results(w.around);
     }
     for (int64_t b = whole; b < a->B; b++) {
         #pragma omp parallel num_threads(a->threads)

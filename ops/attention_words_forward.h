@@ -318,7 +318,7 @@ typedef struct {
     bool around;              /* out goes around the caches */
 } forward_job;
 
-/* Dead keys: whether results whose rows begin at x, strides in values of so many bytes, are to go around the caches,
+/* Whether results whose rows begin at x, strides in values of so many bytes, are to go around the caches,
    which do not keep all of them until they are read: a line that is stored in part would be read first. */
 static bool goes_around(const sel_attention *a, const void *x, int64_t seq, int64_t row, int64_t bytes)
 {
@@ -331,6 +331,12 @@ INLINE void store_result(float *at, __m512 x, bool around)
 {
     if (around) _mm512_stream_ps(at, x);
     else _mm512_storeu_ps(at, x);
+}
+
+/* What goes around the caches is there for other threads. */
+static void end_results(bool around)
+{
+    if (around) _mm_sfence();
 }
 
 /* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
@@ -598,7 +604,7 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             }
         }
     }
-    if (around && !a->dead_after && h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
+    if (!a->dead_after && h == a->heads - 1) end_results(around);
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */

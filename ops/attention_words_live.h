@@ -115,12 +115,6 @@ static void forward_group_live(forward_job *w, int64_t group, live_places *l, co
         forward_tile_live(w, I, l, live, carry);
 }
 
-/* What goes around the caches is there for other threads. */
-static void end_results(bool around)
-{
-    if (around) _mm_sfence();
-}
-
 static void forward_sequence_live(forward_job *w)
 {
     const sel_attention *a = w->a;
@@ -500,10 +494,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     live_list lists[MOST_CARRIES];
 
     w->shared = threads > 1;
-    w->around = places.around = goes_around(a, g->dq, g->dq_seq, g->dq_row, sizeof(float)) &&
-                                goes_around(a, g->dk, g->dk_seq, g->dk_row, sizeof(float)) &&
-                                goes_around(a, g->dv, g->dv_seq, g->dv_row, sizeof(float)) &&
-                                (!attention_bilinear(a) || goes_around(a, g->dsel_q, g->dsel_q_seq, g->dsel_q_row, sizeof(float)));
+    w->around = places.around = gradients_go_around(a, g);
     for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
         for (int64_t h = 0; h < a->heads; h++) pack_rows(w, h, I);
     for (int64_t j = 0; j < a->i1; j++)
