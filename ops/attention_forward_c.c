@@ -22,25 +22,29 @@ typedef struct {
     double live;              /* pairs of a row and a live key so far */
 } job;
 
-static const float *query(const job *w, int64_t h, int64_t row)
+static const void *query(const job *w, int64_t h, int64_t row)
 {
-    return w->a->q + w->b * w->a->q_seq + row * w->a->q_row + h * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->q, w->b * a->q_seq + row * a->q_row + h * a->dh);
 }
-static const float *key(const job *w, int64_t h, int64_t col)
+static const void *key(const job *w, int64_t h, int64_t col)
 {
-    return w->a->k + w->b * w->a->k_seq + col * w->a->k_row + h * w->a->kv_heads / w->a->heads * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->k, w->b * a->k_seq + col * a->k_row + h * a->kv_heads / a->heads * a->dh);
 }
-static const float *value(const job *w, int64_t h, int64_t col)
+static const void *value(const job *w, int64_t h, int64_t col)
 {
-    return w->a->v + w->b * w->a->v_seq + col * w->a->v_row + h * w->a->kv_heads / w->a->heads * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->v, w->b * a->v_seq + col * a->v_row + h * a->kv_heads / a->heads * a->dh);
 }
 
-/* Rows of a column tile's keys or values, *stride apart: as they lie, or copied and rounded to bfloat16. */
-static const float *operand_rows(const job *w, const tile_place *t, const float *rows, float *copy, int64_t *stride)
+/* Rows of a column tile's keys or values as float32, *stride apart: as they lie, or copied. */
+static const float *operand_rows(const job *w, const tile_place *t, const void *rows, float *copy, int64_t *stride)
 {
     const int64_t dh = w->a->dh;
     if (!w->a->bfloat16) return rows;
-    for (int j = 0; j < t->cols; j++) copy_padded(copy + j * dh, rows + j * *stride, dh, dh, true);
+    for (int j = 0; j < t->cols; j++)
+        copy_padded(copy + j * dh, sel_attention_at(w->a, rows, j * *stride), dh, dh, true);
     *stride = dh;
     return copy;
 }
@@ -59,8 +63,8 @@ static const float *selection_queries(const job *w, const tile_place *t, int64_t
     const sel_attention *a = w->a;
     float *const own = w->scratch + w->p->sel_qt;
     if (!attention_bilinear(a)) return Qt;
-    transpose_rows(own, a->sel_q + w->b * a->sel_q_seq + row_tile * TILE * a->sel_q_row, a->sel_q_row, t->rows, a->dh,
-                   query_scale(a), a->bfloat16);
+    transpose_rows(own, sel_attention_at(a, a->sel_q, w->b * a->sel_q_seq + row_tile * TILE * a->sel_q_row),
+                   a->sel_q_row, t->rows, a->dh, query_scale(a), a->bfloat16);
     return own;
 }
 
@@ -73,7 +77,7 @@ static void selection_logits(const job *w, const tile_place *t, const float *Qt,
         head_logits(w, t, 0, Qt, X);
         return;
     }
-    const float *const rows = a->sel_k + w->b * a->sel_k_seq + t->col0 * a->sel_k_row;
+    const void *const rows = sel_attention_at(a, a->sel_k, w->b * a->sel_k_seq + t->col0 * a->sel_k_row);
     const float *const K = operand_rows(w, t, rows, w->scratch + w->p->krows, &stride);
     logits_tile(a, t, K, stride, Qt, X);
 }
@@ -131,6 +135,16 @@ static void add_forgotten(const tile_place *t, const float *F, double tau, doubl
         }
 }
 
+/* Row i of a head's output O (softmax_tile's), divided by its sum, to element `at` of `out`, in its type. */
+static void store_row(const sel_attention *a, const float *O, int i, float inverse, int64_t at)
+{
+    for (int64_t d = 0; d < a->dh; d += VL) {
+        float lane[VL] = { 0 };
+        for (int64_t n = 0; n < VL && d + n < a->dh; n++) lane[n] = O[(d + n) * TILE + i] * inverse;
+        vstore_as(a->bfloat16, a->out, at + d, vload(lane), a->dh - d);
+    }
+}
+
 /* One row tile, all heads; carry [i1] moves on past its rows.  began [i1], where not NULL: the carries that say which
    keys are dead; a column tile without a live key is left out, F of its keys counts as tau and stays. */
 static void forward_tile(job *w, int64_t row_tile, float *carry, const float *began)
@@ -181,11 +195,10 @@ static void forward_tile(job *w, int64_t row_tile, float *carry, const float *be
 
     for (int64_t h = 0; h < H; h++) {
         const int64_t row = row_tile * TILE;
-        float *const out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
         float *const lse = a->lse + (w->b * H + h) * p->rows + row;
         for (int i = 0; i < t.rows; i++) {
-            const float sum = l[h * TILE + i], inverse = 1.0f / sum;
-            for (int64_t d = 0; d < dh; d++) out[i * a->out_row + d] = Ot[(h * dh + d) * TILE + i] * inverse;
+            const float sum = l[h * TILE + i];
+            store_row(a, Ot + h * dh * TILE, i, 1.0f / sum, w->b * a->out_seq + (row + i) * a->out_row + h * dh);
             lse[i] = m[h * TILE + i] + logf(sum);
         }
     }

@@ -29,6 +29,7 @@ typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * VL), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * VL), may_alias));
 typedef float   vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint16_t vh_u __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 
 static inline vf vload(const float *p) { return *(const vf_u *)p; }
 static inline void vstore(float *p, vf x) { *(vf_u *)p = x; }
@@ -74,6 +75,27 @@ static inline void vstore_bf16(uint16_t *p, vf x, int64_t n)
     const vh y = __builtin_convertvector((vu)vround_bf16(x) >> 16, vh);
     if (n >= VL) memcpy(p, &y, sizeof y);
     else memcpy(p, &y, (size_t)n * sizeof *p);
+}
+
+/* VL values of bfloat16 as float32, of which they are the upper halves. */
+static inline vf vload_bf16(const uint16_t *p)
+{
+    return (vf)(__builtin_convertvector(*(const vh_u *)p, vu) << 16);
+}
+
+/* The first n of them where n < VL; the other lanes are 0. */
+static inline vf vload_bf16_n(const uint16_t *p, int64_t n)
+{
+    if (n >= VL) return vload_bf16(p);
+    uint16_t lane[VL] = { 0 };
+    for (int64_t i = 0; i < n; i++) lane[i] = p[i];
+    return vload_bf16(lane);
+}
+
+/* The first n lanes (at most all) from element `at` on of an array that is bfloat16 or float32: as for vstore_as. */
+static inline vf vload_as(bool bfloat16, const void *p, int64_t at, int64_t n)
+{
+    return bfloat16 ? vload_bf16_n((const uint16_t *)p + at, n) : vload_n((const float *)p + at, n);
 }
 
 /* The first n lanes to element `at` of an array that is bfloat16 or float32: `bfloat16` is constant where inlined. */
