@@ -47,10 +47,10 @@ static inline float forward_one(bool bfloat16, void *y, const float *x, const fl
     return r;
 }
 
-/* Row `row` of an array of rows of D that is bfloat16 or float32. */
-static inline void *row_of(bool bfloat16, void *y, int64_t row, int64_t D)
+/* Element `at` of an array that is bfloat16 or float32. */
+static inline void *element(bool bfloat16, void *y, int64_t at)
 {
-    return bfloat16 ? (void *)((uint16_t *)y + row * D) : (void *)((float *)y + row * D);
+    return bfloat16 ? (void *)((uint16_t *)y + at) : (void *)((float *)y + at);
 }
 
 /* One vector, or its first n lanes, at d of a row: dx = gradient (+ residual); dw += its part.  dx may be dy or the
@@ -120,7 +120,7 @@ static inline void residual_norm_rows(bool bfloat16, void *y, float *rstd, float
         int64_t d = 0;
         for (; d + VL <= D; d += VL) vstore(to + d, vload(a + d) + vload(b + d));
         for (; d < D; d++) to[d] = a[d] + b[d];
-        const float r = forward_one(bfloat16, row_of(bfloat16, y, row, D), to, w, D);
+        const float r = forward_one(bfloat16, element(bfloat16, y, row * D), to, w, D);
         if (rstd) rstd[row] = r;
     }
 }
@@ -132,32 +132,50 @@ static void residual_norm(void *y, bool bfloat16, float *rstd, float *sum, const
     else residual_norm_rows(false, y, rstd, sum, x, branch, w, rows, D, threads);
 }
 
-static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict rstd, const float *restrict x,
-                             int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh,
-                             int threads)
+/* One row of q, k and the rest from rstd. */
+static inline void qk_norm_row(bool bfloat16, void *y, const sel_qkv_rows *r, int64_t row)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < heads; h++) {
-            const float r = forward_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, dh);
-            if (rstd) rstd[row * heads + h] = r;
-        }
+    const float *const x = r->x + row * r->x_row, *const rstd_q = r->rstd_q + row * r->heads,
+                *const rstd_k = r->rstd_k + row * r->kv_heads;
+    const int64_t k = r->heads * r->dh, rest = k + r->kv_heads * r->dh;
+    for (int64_t h = 0; h < r->heads; h++)
+        scale_one(bfloat16, element(bfloat16, y, h * r->dh), x + h * r->dh, r->w_q, rstd_q[h], r->dh);
+    for (int64_t h = 0; h < r->kv_heads; h++)
+        scale_one(bfloat16, element(bfloat16, y, k + h * r->dh), x + k + h * r->dh, r->w_k, rstd_k[h], r->dh);
+    if (bfloat16) round_one((uint16_t *)y + rest, x + rest, r->rest);
 }
 
-static void headnorm_again(float *restrict y, int64_t y_row, const float *restrict rstd, const float *restrict x,
-                           int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh, int threads)
+/* All heads' rstd of a row first: many roots and quotients are under way at once. */
+static inline void qk_norm_rows(bool bfloat16, bool again, void *y, int64_t y_row, const sel_qkv_rows *r, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < heads; h++)
-            scale_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, rstd[row * heads + h], dh);
+    for (int64_t row = 0; row < r->rows; row++) {
+        const float *const q = r->x + row * r->x_row, *const k = q + r->heads * r->dh;
+        for (int64_t h = 0; !again && h < r->heads; h++)
+            r->rstd_q[row * r->heads + h] = inverse_rms(q + h * r->dh, r->dh);
+        for (int64_t h = 0; !again && h < r->kv_heads; h++)
+            r->rstd_k[row * r->kv_heads + h] = inverse_rms(k + h * r->dh, r->dh);
+        qk_norm_row(bfloat16, element(bfloat16, y, row * y_row), r, row);
+    }
 }
 
-/* dw += the threads' partial sums, in order: the same bits for equal threads. */
-static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int threads)
+static void qk_norm_forward(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
+{
+    if (bfloat16) qk_norm_rows(true, false, y, y_row, r, threads);
+    else qk_norm_rows(false, false, y, y_row, r, threads);
+}
+
+static void qk_norm_again(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
+{
+    if (bfloat16) qk_norm_rows(true, true, y, y_row, r, threads);
+    else qk_norm_rows(false, true, y, y_row, r, threads);
+}
+
+/* dw += the threads' partial sums, `apart` floats apart, in order: the same bits for equal threads. */
+static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int64_t apart, int threads)
 {
     for (int t = 0; t < threads; t++)
-        for (int64_t d = 0; d < D; d++) dw[d] += scratch[t * D + d];
+        for (int64_t d = 0; d < D; d++) dw[d] += scratch[t * apart + d];
 }
 
 static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restrict dx16, void *restrict y,
@@ -178,43 +196,40 @@ static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restric
             else if (y) scale_one(false, (float *)y + row * D, at, w, rstd[row], D);
         }
     }
-    add_partials(dw, scratch, D, threads);
+    add_partials(dw, scratch, D, D, threads);
 }
 
-static inline void headnorm_backward_rows(bool bfloat16, void *dx, int64_t dx_row, float *restrict dw, const float *dy,
-                                          int64_t dy_row, const float *restrict x, int64_t x_row,
-                                          const float *restrict rstd, const float *restrict w,
-                                          float *restrict scratch, int64_t rows, int64_t heads, int64_t dh, int threads)
+static inline void qk_norm_backward_rows(bool bfloat16, void *dx, int64_t dx_row, float *restrict dw_q,
+                                         float *restrict dw_k, const float *dy, int64_t dy_row, const sel_qkv_rows *r,
+                                         float *restrict scratch, int threads)
 {
+    const int64_t rows = r->rows, dh = r->dh, k = r->heads * dh, rest = k + r->kv_heads * dh;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
-        float *part = scratch + t * dh;
-        memset(part, 0, (size_t)dh * sizeof *part);
-        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++)
-            for (int64_t h = 0; h < heads; h++)
-                backward_one(bfloat16, (char *)row_of(bfloat16, dx, row, dx_row) +
-                                           (size_t)(h * dh) * (bfloat16 ? sizeof(uint16_t) : sizeof(float)),
-                             NULL, part, dy + row * dy_row + h * dh, x + row * x_row + h * dh, w,
-                             rstd[row * heads + h], dh);
+        float *part_q = scratch + 2 * t * dh, *part_k = part_q + dh;
+        memset(part_q, 0, (size_t)(2 * dh) * sizeof *part_q);
+        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            void *const to = element(bfloat16, dx, row * dx_row);
+            const float *const from = dy + row * dy_row, *const x = r->x + row * r->x_row,
+                        *const rstd_q = r->rstd_q + row * r->heads, *const rstd_k = r->rstd_k + row * r->kv_heads;
+            for (int64_t h = 0; h < r->heads; h++)
+                backward_one(bfloat16, element(bfloat16, to, h * dh), NULL, part_q, from + h * dh, x + h * dh, r->w_q,
+                             rstd_q[h], dh);
+            for (int64_t h = 0; h < r->kv_heads; h++)
+                backward_one(bfloat16, element(bfloat16, to, k + h * dh), NULL, part_k, from + k + h * dh,
+                             x + k + h * dh, r->w_k, rstd_k[h], dh);
+            if (bfloat16) round_one((uint16_t *)to + rest, from + rest, r->rest);
+        }
     }
-    add_partials(dw, scratch, dh, threads);
+    add_partials(dw_q, scratch, dh, 2 * dh, threads);
+    add_partials(dw_k, scratch + dh, dh, 2 * dh, threads);
 }
 
-static void headnorm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
-                              const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
-                              int64_t rows, int64_t heads, int64_t dh, int threads)
+static void qk_norm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw_q, float *dw_k, const float *dy,
+                             int64_t dy_row, const sel_qkv_rows *r, float *scratch, int threads)
 {
-    if (bfloat16)
-        headnorm_backward_rows(true, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
-    else
-        headnorm_backward_rows(false, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
-}
-
-static void round_rows(uint16_t *restrict y, int64_t y_row, const float *restrict x, int64_t x_row, int64_t rows,
-                       int64_t n, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) round_one(y + row * y_row, x + row * x_row, n);
+    if (bfloat16) qk_norm_backward_rows(true, dx, dx_row, dw_q, dw_k, dy, dy_row, r, scratch, threads);
+    else qk_norm_backward_rows(false, dx, dx_row, dw_q, dw_k, dy, dy_row, r, scratch, threads);
 }
 
 void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
@@ -223,8 +238,7 @@ void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
     ops->rmsnorm_forward_bf16 = rmsnorm_forward_bf16;
     ops->residual_norm = residual_norm;
     ops->rmsnorm_backward = rmsnorm_backward;
-    ops->headnorm_forward = headnorm_forward;
-    ops->headnorm_again = headnorm_again;
-    ops->headnorm_backward = headnorm_backward;
-    ops->round_rows = round_rows;
+    ops->qk_norm_forward = qk_norm_forward;
+    ops->qk_norm_again = qk_norm_again;
+    ops->qk_norm_backward = qk_norm_backward;
 }

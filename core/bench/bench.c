@@ -233,7 +233,7 @@ static sel_status gemm_forward(void *ctx)
 static sel_status gemm_input(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_input(g->l, PEAK_ROWS, g->dy, g->out, g->dx, g->in);
+    return sel_linear_backward_input(g->l, PEAK_ROWS, g->dy, g->out, g->dx, SEL_FLOAT32, g->in);
 }
 static sel_status gemm_weight(void *ctx)
 {
