@@ -19,6 +19,8 @@ static inline float inverse_rms(const float *x, int64_t D)
     int64_t d = 0;
     for (; d + 2 * VL <= D; d += 2 * VL) {
         const vf p = vload(x + d), q = vload(x + d + VL);
+        vfetch(x + d);
+        vfetch(x + d + VL);
         a += p * p;
         b += q * q;
     }
@@ -71,6 +73,10 @@ static inline void backward_one(bool bfloat16, void *dx, const float *residual, 
     vf a = vset1(0.0f), b = a;
     int64_t d = 0;
     for (; d + 2 * VL <= D; d += 2 * VL) {
+        vfetch(dy + d);
+        vfetch(dy + d + VL);
+        vfetch(x + d);
+        vfetch(x + d + VL);
         a += vload(dy + d) * vload(w + d) * (vload(x + d) * r);
         b += vload(dy + d + VL) * vload(w + d + VL) * (vload(x + d + VL) * r);
     }
@@ -118,7 +124,11 @@ static inline void residual_norm_rows(bool bfloat16, void *y, float *rstd, float
         float *to = sum + row * D;
         const float *a = x + row * D, *b = branch + row * D;
         int64_t d = 0;
-        for (; d + VL <= D; d += VL) vstore(to + d, vload(a + d) + vload(b + d));
+        for (; d + VL <= D; d += VL) {
+            vfetch(a + d);
+            vfetch(b + d);
+            vstore(to + d, vload(a + d) + vload(b + d));
+        }
         for (; d < D; d++) to[d] = a[d] + b[d];
         const float r = forward_one(bfloat16, element(bfloat16, y, row * D), to, w, D);
         if (rstd) rstd[row] = r;
