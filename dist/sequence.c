@@ -294,7 +294,7 @@ static void complete(sel_sequence *q, const char *what)
     waited(q, begun);
 }
 
-/* To or from another rank: `blocks` blocks of `count` numbers, `stride` apart, each `bytes` long: floats or bfloat16. */
+/* To or from another rank: `blocks` blocks of `count` numbers of `bytes` (float32 or bfloat16), `stride` apart. */
 static void message(sel_sequence *q, bool sends, void *at, int64_t bytes, int64_t blocks, int64_t count,
                     int64_t stride, int peer, int tag)
 {

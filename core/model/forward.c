@@ -17,7 +17,7 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     const sel_attention_options *o = &m->opt.attention;
     const sel_kept *k = &m->kept[l];
     const int64_t row = normed_width(m), qkv_row = qkv_width(d), q = q_width(d), sel = sel_column(d);
-    void *const rest = m->opt.bfloat16 ? m->normed : k->qkv;   /* v and, bilinear, sel_q and sel_k: in rows of qkv_row */
+    void *const rest = m->opt.bfloat16 ? m->normed : k->qkv;   /* v and, bilinear, sel_q, sel_k: in rows of qkv_row */
 
     return (sel_attention){
         .B = batch, .heads = d->H, .kv_heads = d->Hkv, .dh = d->dh, .i0 = 0, .i1 = n,
