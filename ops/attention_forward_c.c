@@ -38,6 +38,12 @@ static const void *value(const job *w, int64_t h, int64_t col)
     return sel_attention_at(a, a->v, w->b * a->v_seq + col * a->v_row + h * a->kv_heads / a->heads * a->dh);
 }
 
+static void *output(const job *w, int64_t h, int64_t row)
+{
+    const sel_attention *a = w->a;
+    return (void *)sel_attention_at(a, a->out, w->b * a->out_seq + row * a->out_row + h * a->dh);
+}
+
 /* Rows of a column tile's keys or values as float32, *stride apart: as they lie, or copied. */
 static const float *operand_rows(const job *w, const tile_place *t, const void *rows, float *copy, int64_t *stride)
 {
@@ -135,14 +141,18 @@ static void add_forgotten(const tile_place *t, const float *F, double tau, doubl
         }
 }
 
-/* Row i of a head's output O (softmax_tile's), divided by its sum, to element `at` of `out`, in its type. */
-static void store_row(const sel_attention *a, const float *O, int i, float inverse, int64_t at)
+/* A head's output O (softmax_tile's), divided by its rows' sums l and in out's type; out: its first row. */
+static void store_rows(const sel_attention *a, const tile_place *t, float *O, const float *l, void *out)
 {
-    for (int64_t d = 0; d < a->dh; d += VL) {
-        float lane[VL] = { 0 };
-        for (int64_t n = 0; n < VL && d + n < a->dh; n++) lane[n] = O[(d + n) * TILE + i] * inverse;
-        vstore_as(a->bfloat16, a->out, at + d, vload(lane), a->dh - d);
-    }
+    float inverse[TILE];
+    for (int i = 0; i < TILE; i++) inverse[i] = i < t->rows ? 1.0f / l[i] : 0.0f;
+    for (int64_t d = 0; d < a->dh; d++)
+        for (int v = 0; v < t->lanes; v += VL) {
+            const vf o = vload(O + d * TILE + v) * vload(inverse + v);
+            vstore(O + d * TILE + v, a->bfloat16 ? vround_bf16(o) : o);
+        }
+    for (int i = 0; i < t->rows; i++)
+        for (int64_t d = 0; d < a->dh; d++) set_operand(a->bfloat16, out, i * a->out_row + d, O[d * TILE + i]);
 }
 
 /* One row tile, all heads; carry [i1] moves on past its rows.  began [i1], where not NULL: the carries that say which
@@ -196,11 +206,8 @@ static void forward_tile(job *w, int64_t row_tile, float *carry, const float *be
     for (int64_t h = 0; h < H; h++) {
         const int64_t row = row_tile * TILE;
         float *const lse = a->lse + (w->b * H + h) * p->rows + row;
-        for (int i = 0; i < t.rows; i++) {
-            const float sum = l[h * TILE + i];
-            store_row(a, Ot + h * dh * TILE, i, 1.0f / sum, w->b * a->out_seq + (row + i) * a->out_row + h * dh);
-            lse[i] = m[h * TILE + i] + logf(sum);
-        }
+        store_rows(a, &t, Ot + h * dh * TILE, l + h * TILE, output(w, h, row));
+        for (int i = 0; i < t.rows; i++) lse[i] = m[h * TILE + i] + logf(l[h * TILE + i]);
     }
     if (began) w->live += live_pairs(a, w->b, began, t.row0, t.rows);
     if (memory)

@@ -5,6 +5,10 @@
 #include "ops/levels.h"
 #include "ops/vec.h"
 
+/* A kernel sums the same products, which are no less exact of bfloat16 operands, in another order: of a logit this much
+   of |q| |k| / sqrt(dh) may differ. */
+#define SLACK 0x1p-18f
+
 /* x . y of arrays of the call's operands. */
 static float dot(const sel_attention *a, const void *x, const void *y)
 {
@@ -15,7 +19,7 @@ static float dot(const sel_attention *a, const void *x, const void *y)
 }
 
 /* S of a token on itself, at most. */
-static float own_selection(const sel_attention *a, int64_t b, int64_t i, float slack)
+static float own_selection(const sel_attention *a, int64_t b, int64_t i)
 {
     const bool bilinear = a->selective && a->sel_q;
     const int64_t row = i - a->i0;
@@ -24,7 +28,7 @@ static float own_selection(const sel_attention *a, int64_t b, int64_t i, float s
     const void *const k = bilinear ? sel_attention_at(a, a->sel_k, b * a->sel_k_seq + i * a->sel_k_row)
                                    : sel_attention_at(a, a->k, b * a->k_seq + i * a->k_row);
     const float most = sqrtf(dot(a, q, q) * dot(a, k, k));
-    const float s = (dot(a, q, k) + 2.0f * slack * most) / (float)sqrt((double)a->dh);
+    const float s = (dot(a, q, k) + 2.0f * SLACK * most) / (float)sqrt((double)a->dh);
     return s > 0.0f ? s : 0.0f;
 }
 
@@ -89,10 +93,15 @@ INLINE const char *element(const row_kind kind, const char *x, int64_t i)
     return x + i * (kind.bfloat16 ? (int64_t)sizeof(uint16_t) : (int64_t)sizeof(float));
 }
 
-/* Values d .. d + VL - 1 of n, as float32. */
-INLINE vf values_of(const row_kind kind, const char *x, int64_t d, int64_t n)
+/* Of the values of a row from d on: VL, or of 2 VL of bfloat16 the even or the odd ones, which take less to widen. */
+typedef enum { ALL, EVEN, ODD } values_part;
+
+INLINE vf values_of(const row_kind kind, const values_part part, const char *x, int64_t d, int64_t n)
 {
-    return vload_as(kind.bfloat16, x, d, kind.whole ? VL : n - d);
+    typedef uint32_t vu_u __attribute__((vector_size(4 * VL), aligned(2), may_alias));
+    if (part == ALL) return vload_as(kind.bfloat16, x, d, kind.whole ? VL : n - d);
+    const vu pairs = *(const vu_u *)element(kind, x, d);
+    return part == EVEN ? (vf)(pairs << 16) : (vf)(pairs & 0xffff0000u);
 }
 
 /* Four rows from i on, of which the last may stand in for those after it. */
@@ -111,39 +120,61 @@ INLINE void fetch_ahead(const row_kind kind, const char *x, int64_t stride, int6
     }
 }
 
+INLINE void add_squares(const row_kind kind, const values_part part, vf sum[FOUR], const char *const x[FOUR],
+                        int64_t d, int64_t n)
+{
+    #pragma GCC unroll 4
+    for (int r = 0; r < FOUR; r++) {
+        const vf y = values_of(kind, part, x[r], d, n);
+        sum[r] += y * y;
+    }
+}
+
 /* |x|^2 of four rows. */
 INLINE four squares_of(const row_kind kind, const char *const x[FOUR], int64_t n)
 {
     vf sum[FOUR] = { { 0 } };
-    for (int64_t d = 0; d < n; d += VL)
-        #pragma GCC unroll 4
-        for (int r = 0; r < FOUR; r++) {
-            const vf y = values_of(kind, x[r], d, n);
-            sum[r] += y * y;
-        }
+    int64_t d = 0;
+    for (; kind.bfloat16 && d + 2 * VL <= n; d += 2 * VL) {
+        add_squares(kind, EVEN, sum, x, d, n);
+        add_squares(kind, ODD, sum, x, d, n);
+    }
+    for (; d < n; d += VL) add_squares(kind, ALL, sum, x, d, n);
     return sums_of(sum);
 }
 
-/* What four queries have to do with their own keys and with BOS's. */
+/* What four queries have to do with their own keys and with BOS's: of each query lanes of sums, then these. */
+typedef struct {
+    vf square[FOUR], own[FOUR], bos[FOUR];
+} query_lanes;
 typedef struct {
     four square, own, bos;
 } four_queries;
 
+INLINE void add_queries(const row_kind kind, const values_part part, query_lanes *sum, const char *const query[FOUR],
+                        const char *const key[FOUR], const char *first, int64_t d, int64_t n)
+{
+    const vf z = values_of(kind, part, first, d, n);
+    #pragma GCC unroll 4
+    for (int r = 0; r < FOUR; r++) {
+        const vf x = values_of(kind, part, query[r], d, n);
+        sum->square[r] += x * x;
+        sum->own[r] += x * values_of(kind, part, key[r], d, n);
+        sum->bos[r] += x * z;
+    }
+}
+
 INLINE four_queries meet(const row_kind kind, const char *const query[FOUR], const char *const key[FOUR],
                          const char *first, int64_t n)
 {
-    vf square[FOUR] = { { 0 } }, own[FOUR] = { { 0 } }, bos[FOUR] = { { 0 } };
-    for (int64_t d = 0; d < n; d += VL) {
-        const vf z = values_of(kind, first, d, n);
-        #pragma GCC unroll 4
-        for (int r = 0; r < FOUR; r++) {
-            const vf x = values_of(kind, query[r], d, n);
-            square[r] += x * x;
-            own[r] += x * values_of(kind, key[r], d, n);
-            bos[r] += x * z;
-        }
+    query_lanes sum = { 0 };
+    int64_t d = 0;
+    for (; kind.bfloat16 && d + 2 * VL <= n; d += 2 * VL) {
+        add_queries(kind, EVEN, &sum, query, key, first, d, n);
+        add_queries(kind, ODD, &sum, query, key, first, d, n);
     }
-    return (four_queries){ .square = sums_of(square), .own = sums_of(own), .bos = sums_of(bos) };
+    for (; d < n; d += VL) add_queries(kind, ALL, &sum, query, key, first, d, n);
+    return (four_queries){ .square = sums_of(sum.square), .own = sums_of(sum.own), .bos = sums_of(sum.bos) };
 }
 
 /* |k| of the longest of n keys of each of `heads` heads; NaN if one is. */
@@ -173,7 +204,7 @@ INLINE float heads_gap(const row_kind kind, const sel_attention *a, int64_t b, i
     const int64_t dh = a->dh, group = a->heads / a->kv_heads, kh0 = h0 / group, rows = a->i1 - a->i0;
     const char *const q = sel_attention_at(a, a->q, b * a->q_seq + h0 * dh);
     const char *const k = sel_attention_at(a, a->k, b * a->k_seq + kh0 * dh);
-    const float root = (float)sqrt((double)dh), slack = a->bfloat16 ? 0x1p-6f : 0x1p-18f;   /* of rounded operands */
+    const float root = (float)sqrt((double)dh);
     float longest[MOST_HEADS];
     four gap = { 0 };
 
@@ -188,12 +219,12 @@ INLINE float heads_gap(const row_kind kind, const sel_attention *a, int64_t b, i
             const char *const key[FOUR] = { element(kind, own[0], at), element(kind, own[1], at),
                                             element(kind, own[2], at), element(kind, own[3], at) };
             const four_queries x = meet(kind, query, key, element(kind, k, at), dh);
-            const float most = longest[h / group - kh0] * (1.0f + 2.0f * slack) / root;
+            const float most = longest[h / group - kh0] * (1.0f + 2.0f * SLACK) / root;
             const four on_bos = x.bos / root;
             four sure = x.own / root;
 
             for (int r = 0; r < FOUR && !a->shift && !a->protect_self; r++)
-                sure[r] -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1), slack);
+                sure[r] -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1));
             const four_masks take = on_bos > sure;
             if (a->protect_bos) sure = (four)(((four_masks)on_bos & take) | ((four_masks)sure & ~take));
             gap = larger_four(gap, root_of(x.square) * most - sure);

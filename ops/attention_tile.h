@@ -212,6 +212,15 @@ INLINE float operand(bool bfloat16, const void *x, int64_t i)
     return y;
 }
 
+/* Makes it y, which its type holds exactly. */
+INLINE void set_operand(bool bfloat16, void *x, int64_t i, float y)
+{
+    uint32_t bits;
+    memcpy(&bits, &y, sizeof bits);
+    if (bfloat16) ((uint16_t *)x)[i] = (uint16_t)(bits >> 16);
+    else ((float *)x)[i] = y;
+}
+
 /* n values of a row of operands, as float32, then zeros up to `padded`. */
 static inline void copy_padded(float *to, const void *from, int64_t n, int64_t padded, bool bfloat16)
 {

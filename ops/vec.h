@@ -84,7 +84,15 @@ static inline void vstore_bf16(uint16_t *p, vf x, int64_t n)
 /* VL values of bfloat16 as float32, of which they are the upper halves. */
 static inline vf vload_bf16(const uint16_t *p)
 {
+#if VL == 16   /* wide vectors: one shuffle with zeros, where a conversion would be made in halves */
+    return (vf)__builtin_shufflevector((vh){ 0 }, *(const vh_u *)p, 0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0,
+                                       23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31);
+#elif VL == 8
+    return (vf)__builtin_shufflevector((vh){ 0 }, *(const vh_u *)p, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0,
+                                       15);
+#else
     return (vf)(__builtin_convertvector(*(const vh_u *)p, vu) << 16);
+#endif
 }
 
 /* The first n of them where n < VL; the other lanes are 0. */
