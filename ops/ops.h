@@ -72,9 +72,6 @@ typedef struct sel_ops {
     void (*swiglu_backward)(float *dgu, float *a, const float *da, const float *gu, int64_t rows, int64_t Fw,
                             int threads);
 
-    /* y [n] = x [n] rounded to bfloat16 (to nearest even; NaN stays NaN). */
-    void (*to_bfloat16)(uint16_t *y, const float *x, int64_t n, int threads);
-
     /* rmsnorm_forward, swiglu_forward and swiglu_backward whose results go straight into products: y, a and dgu are
        bfloat16; otherwise as above (dgu may not be gu). */
     void (*rmsnorm_forward_bf16)(uint16_t *y, float *rstd, const float *x, const float *w, int64_t rows, int64_t D,

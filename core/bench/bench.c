@@ -7,6 +7,7 @@
 #include "core/base/mem.h"
 #include "core/base/rng.h"
 #include "core/bench/rounds.h"
+#include "dist/tree.h"
 
 void sel_bench_free(sel_bench_results *r)
 {
@@ -59,7 +60,7 @@ void *sel_bench_as_operand(const sel_bench *b, float *x, int64_t n)
 {
     if (!x || b->dtype == SEL_FLOAT32) return x;
     uint16_t *const rounded = sel_alloc((size_t)n * sizeof *rounded, "a benchmark's array");
-    if (rounded) b->ops->to_bfloat16(rounded, x, n, b->threads);
+    if (rounded) sel_to_bfloat16(rounded, x, n, b->threads);
     sel_free(x);
     return rounded;
 }
