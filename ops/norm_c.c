@@ -132,43 +132,46 @@ static void residual_norm(void *y, bool bfloat16, float *rstd, float *sum, const
     else residual_norm_rows(false, y, rstd, sum, x, branch, w, rows, D, threads);
 }
 
-/* One row of q, k and the rest from rstd. */
-static inline void qk_norm_row(bool bfloat16, void *y, const sel_qkv_rows *r, int64_t row)
+/* Asks for n floats of the next row: the processor does not look so far ahead by itself. */
+static inline void ask_for(const float *x, int64_t n)
 {
-    const float *const x = r->x + row * r->x_row, *const rstd_q = r->rstd_q + row * r->heads,
-                *const rstd_k = r->rstd_k + row * r->kv_heads;
-    const int64_t k = r->heads * r->dh, rest = k + r->kv_heads * r->dh;
-    for (int64_t h = 0; h < r->heads; h++)
-        scale_one(bfloat16, element(bfloat16, y, h * r->dh), x + h * r->dh, r->w_q, rstd_q[h], r->dh);
-    for (int64_t h = 0; h < r->kv_heads; h++)
-        scale_one(bfloat16, element(bfloat16, y, k + h * r->dh), x + k + h * r->dh, r->w_k, rstd_k[h], r->dh);
-    if (bfloat16) round_one((uint16_t *)y + rest, x + rest, r->rest);
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
 
-/* All heads' rstd of a row first: many roots and quotients are under way at once. */
-static inline void qk_norm_rows(bool bfloat16, bool again, void *y, int64_t y_row, const sel_qkv_rows *r, int threads)
+/* Heads of a row to y from rstd, which forward makes of all of them first: many roots and quotients are under way at
+   once. */
+static inline void norm_heads(bool bfloat16, bool again, void *y, float *rstd, const float *x, const float *w,
+                              int64_t heads, int64_t dh)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < r->rows; row++) {
-        const float *const q = r->x + row * r->x_row, *const k = q + r->heads * r->dh;
-        for (int64_t h = 0; !again && h < r->heads; h++)
-            r->rstd_q[row * r->heads + h] = inverse_rms(q + h * r->dh, r->dh);
-        for (int64_t h = 0; !again && h < r->kv_heads; h++)
-            r->rstd_k[row * r->kv_heads + h] = inverse_rms(k + h * r->dh, r->dh);
-        qk_norm_row(bfloat16, element(bfloat16, y, row * y_row), r, row);
-    }
+    for (int64_t h = 0; !again && h < heads; h++) rstd[h] = inverse_rms(x + h * dh, dh);
+    for (int64_t h = 0; h < heads; h++) scale_one(bfloat16, element(bfloat16, y, h * dh), x + h * dh, w, rstd[h], dh);
+}
+
+static inline void qk_norm_row(bool bfloat16, bool again, void *y, const sel_qkv_rows *r, int64_t row)
+{
+    const int64_t k = r->heads * r->dh, rest = k + r->kv_heads * r->dh;
+    const float *const x = r->x + row * r->x_row;
+    if (row + 1 < r->rows) ask_for(x + r->x_row, bfloat16 ? rest + r->rest : rest);
+    norm_heads(bfloat16, again, y, r->rstd_q + row * r->heads, x, r->w_q, r->heads, r->dh);
+    norm_heads(bfloat16, again, element(bfloat16, y, k), r->rstd_k + row * r->kv_heads, x + k, r->w_k, r->kv_heads,
+               r->dh);
+    if (bfloat16) round_one((uint16_t *)y + rest, x + rest, r->rest);
 }
 
 static void qk_norm_forward(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
 {
-    if (bfloat16) qk_norm_rows(true, false, y, y_row, r, threads);
-    else qk_norm_rows(false, false, y, y_row, r, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < r->rows; row++)
+        if (bfloat16) qk_norm_row(true, false, (uint16_t *)y + row * y_row, r, row);
+        else qk_norm_row(false, false, (float *)y + row * y_row, r, row);
 }
 
 static void qk_norm_again(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
 {
-    if (bfloat16) qk_norm_rows(true, true, y, y_row, r, threads);
-    else qk_norm_rows(false, true, y, y_row, r, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < r->rows; row++)
+        if (bfloat16) qk_norm_row(true, true, (uint16_t *)y + row * y_row, r, row);
+        else qk_norm_row(false, true, (float *)y + row * y_row, r, row);
 }
 
 /* dw += the threads' partial sums, `apart` floats apart, in order: the same bits for equal threads. */
@@ -199,37 +202,43 @@ static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restric
     add_partials(dw, scratch, D, D, threads);
 }
 
-static inline void qk_norm_backward_rows(bool bfloat16, void *dx, int64_t dx_row, float *restrict dw_q,
-                                         float *restrict dw_k, const float *dy, int64_t dy_row, const sel_qkv_rows *r,
-                                         float *restrict scratch, int threads)
+/* Row `row` to dx from dy; dw_q, dw_k [dh] += . */
+static inline void qk_norm_backward_row(bool bfloat16, void *dx, const float *dy, int64_t dy_row, float *dw_q,
+                                        float *dw_k, const sel_qkv_rows *r, int64_t row)
 {
-    const int64_t rows = r->rows, dh = r->dh, k = r->heads * dh, rest = k + r->kv_heads * dh;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; t++) {
-        float *part_q = scratch + 2 * t * dh, *part_k = part_q + dh;
-        memset(part_q, 0, (size_t)(2 * dh) * sizeof *part_q);
-        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
-            void *const to = element(bfloat16, dx, row * dx_row);
-            const float *const from = dy + row * dy_row, *const x = r->x + row * r->x_row,
-                        *const rstd_q = r->rstd_q + row * r->heads, *const rstd_k = r->rstd_k + row * r->kv_heads;
-            for (int64_t h = 0; h < r->heads; h++)
-                backward_one(bfloat16, element(bfloat16, to, h * dh), NULL, part_q, from + h * dh, x + h * dh, r->w_q,
-                             rstd_q[h], dh);
-            for (int64_t h = 0; h < r->kv_heads; h++)
-                backward_one(bfloat16, element(bfloat16, to, k + h * dh), NULL, part_k, from + k + h * dh,
-                             x + k + h * dh, r->w_k, rstd_k[h], dh);
-            if (bfloat16) round_one((uint16_t *)to + rest, from + rest, r->rest);
-        }
+    const int64_t dh = r->dh, k = r->heads * dh, rest = k + r->kv_heads * dh;
+    const float *const x = r->x + row * r->x_row, *const rstd_q = r->rstd_q + row * r->heads,
+                *const rstd_k = r->rstd_k + row * r->kv_heads;
+    if (row + 1 < r->rows) {
+        ask_for(dy + dy_row, bfloat16 ? rest + r->rest : rest);
+        ask_for(x + r->x_row, rest);
     }
-    add_partials(dw_q, scratch, dh, 2 * dh, threads);
-    add_partials(dw_k, scratch + dh, dh, 2 * dh, threads);
+    for (int64_t h = 0; h < r->heads; h++)
+        backward_one(bfloat16, element(bfloat16, dx, h * dh), NULL, dw_q, dy + h * dh, x + h * dh, r->w_q, rstd_q[h],
+                     dh);
+    for (int64_t h = 0; h < r->kv_heads; h++)
+        backward_one(bfloat16, element(bfloat16, dx, k + h * dh), NULL, dw_k, dy + k + h * dh, x + k + h * dh, r->w_k,
+                     rstd_k[h], dh);
+    if (bfloat16) round_one((uint16_t *)dx + rest, dy + rest, r->rest);
 }
 
 static void qk_norm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw_q, float *dw_k, const float *dy,
                              int64_t dy_row, const sel_qkv_rows *r, float *scratch, int threads)
 {
-    if (bfloat16) qk_norm_backward_rows(true, dx, dx_row, dw_q, dw_k, dy, dy_row, r, scratch, threads);
-    else qk_norm_backward_rows(false, dx, dx_row, dw_q, dw_k, dy, dy_row, r, scratch, threads);
+    const int64_t rows = r->rows, dh = r->dh;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        float *const part_q = scratch + 2 * t * dh, *const part_k = part_q + dh;
+        memset(part_q, 0, (size_t)(2 * dh) * sizeof *part_q);
+        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            const float *const from = dy + row * dy_row;
+            if (bfloat16)
+                qk_norm_backward_row(true, (uint16_t *)dx + row * dx_row, from, dy_row, part_q, part_k, r, row);
+            else qk_norm_backward_row(false, (float *)dx + row * dx_row, from, dy_row, part_q, part_k, r, row);
+        }
+    }
+    add_partials(dw_q, scratch, dh, 2 * dh, threads);
+    add_partials(dw_k, scratch + dh, dh, 2 * dh, threads);
 }
 
 void SEL_FN(sel_ops_norm_init)(sel_ops *ops)

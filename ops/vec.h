@@ -17,6 +17,7 @@
 #define SEL_FN(name) SEL_PASTE(name, SEL_LEVEL)   /* sel_add -> sel_add_avx2 */
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
@@ -33,6 +34,9 @@ typedef uint16_t vh_u __attribute__((vector_size(2 * VL), aligned(2), may_alias)
 
 static inline vf vload(const float *p) { return *(const vf_u *)p; }
 static inline void vstore(float *p, vf x) { *(vf_u *)p = x; }
+
+/* Asks for what a walk along x comes to 2 KiB later: the processor's own prefetching stops at the end of each page. */
+static inline void vfetch(const float *x) { __builtin_prefetch(x + 512); }
 
 /* The first n of them where n < VL; the other lanes are 0, or not stored. */
 static inline vf vload_n(const float *p, int64_t n)
@@ -135,6 +139,22 @@ static inline float vsum(vf x)
    above it +inf; NaN gives NaN.  x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts. */
 static inline vf vexp(vf x)
 {
+#if VL == 16
+    /* The same with instructions that take care of the ends: scalef of 2^n's range, min of NaN, which is its second. */
+    const __m512 y = _mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);
+    const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f),
+                                      _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), y));
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+    const __mmask16 seen = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(seen, p, n);
+#else
     const vf lo = vset1(-87.33654f), hi = vset1(88.72284f), magic = vset1(12582912.0f);
     const vf xc = vmin(vmax(x, lo), hi);                 /* NaN goes to lo here, restored below */
     const vf t = xc * 1.44269504f + magic;               /* n in the low bits */
@@ -154,6 +174,7 @@ static inline vf vexp(vf x)
     y = vselect(x < lo, vset1(0.0f), y);
     y = vselect(x > hi, vset1(__builtin_inff()), y);
     return vselect(x != x, x, y);
+#endif
 }
 
 #endif
