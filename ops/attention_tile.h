@@ -224,8 +224,10 @@ INLINE void set_operand(bool bfloat16, void *x, int64_t i, float y)
 /* n values of a row of operands, as float32, then zeros up to `padded`. */
 static inline void copy_padded(float *to, const void *from, int64_t n, int64_t padded, bool bfloat16)
 {
-    for (int64_t d = 0; d < n; d++) to[d] = operand(bfloat16, from, d);
-    for (int64_t d = n; d < padded; d++) to[d] = 0.0f;
+    int64_t d = 0;
+    for (; d + VL <= n; d += VL) vstore(to + d, vload_as(bfloat16, from, d, VL));
+    for (; d < n; d++) to[d] = operand(bfloat16, from, d);
+    for (; d < padded; d++) to[d] = 0.0f;
 }
 
 /* What q^T is multiplied by: the logits' 1 / sqrt(dh), unless that would make values that bfloat16 does not hold. */

@@ -380,6 +380,7 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *i
                 .saved = room(B * sel_attention_carries(n) * i1 * 4),
                 .carry_in = room(B * N * 4) };
     double *m_max = room(B * 8), *live = room(B * 8);
+    float *const found = room(B * 4);
     int64_t *m_row = room(B * 8);
     memcpy(c.carry_in, o->carry, (size_t)(B * N) * 4);
     c.a = (sel_attention){ .B = B, .heads = H, .kv_heads = p->a.Hkv, .dh = p->a.dh, .i0 = i0, .i1 = i1,
@@ -394,9 +395,12 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *i
     if (dead_margin > 0.0) {
         c.a.dead_after = o->dead_after;
         c.a.live = live;
-        if (n == N) {   /* the whole of it: forward finds the thresholds that find_dead_after does */
+        if (n == N) {   /* the whole of it: forward finds the thresholds that find_dead_after did */
             c.a.dead_margin = dead_margin;
-            for (int64_t b = 0; b < B; b++) o->dead_after[b] = NAN;
+            for (int64_t b = 0; b < B; b++) {
+                found[b] = o->dead_after[b];
+                o->dead_after[b] = NAN;
+            }
         }
     }
     if (p->sel_q) {
@@ -421,7 +425,10 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *i
             o->m_row[b] = m_row[b];
         }
         if (dead_margin > 0.0) o->live[b] += live[b];
+        CHECK(c.a.dead_margin == 0.0 || o->dead_after[b] == found[b], "%s, %s: forward's threshold %.9g is not %.9g",
+              sel_cpu_level_name(ops->level), p->name, (double)o->dead_after[b], (double)found[b]);
     }
+    free(found);
     free(live);
     free(m_max);
     free(m_row);
