@@ -8,8 +8,8 @@
  * in blocks of 8 x 32 results.  What the portable kernel does in passes happens here on results that are still in
  * registers: a block of logits starts at -F - m instead of 0 and is exponentiated before it is stored.
  *
- * Units: logits, S, F and carries are raw here, q . k without 1 / sqrt(dh), so that bfloat16 operands are the inputs'
- * own roundings; exp(L - F - m) is exp2(c x - m) with c = log2(e) / sqrt(dh): one multiply-add.  m and lse are in units
+ * Units: logits, S, F and carries are raw here, q . k without 1 / sqrt(dh), so that bfloat16 operands are the inputs
+ * themselves; exp(L - F - m) is exp2(c x - m) with c = log2(e) / sqrt(dh): one multiply-add.  m and lse are in units
  * of log2.  What crosses the interface is natural.
  *
  * The row maximum is lazy: m is the largest of a row's first 8 logits (column 0, whose F is 0, among them) and stays
@@ -166,15 +166,6 @@ INLINE void transpose_registers(__m512i a[16])
     }
 }
 
-/* Row r of src (src_row words apart, `rows` of them, the rest zero) to column r of dst. */
-INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t src_row, int rows)
-{
-    __m512i a[16];
-    for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_loadu_si512(src + r * src_row) : _mm512_setzero_si512();
-    transpose_registers(a);
-    for (int r = 0; r < 16; r++) _mm512_storeu_si512(dst + r * dst_row, a[r]);
-}
-
 INLINE __m256i load_half(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
 /* 16 words of x, or 8 and zeros where there is no more. */
@@ -233,20 +224,6 @@ INLINE void pair_rows(word *w, const operand *a, const operand *b, int64_t n)
     }
 }
 #endif
-
-/* Lanes of 32 results of a product whose B was woven by unpacklo and unpackhi, back in the order of the queries. */
-INLINE void unweave(__m512 x[2])
-{
-#if WORD_BF16
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
-                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512d a = _mm512_castps_pd(x[0]), b = _mm512_castps_pd(x[1]);
-    x[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
-    x[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
-#else
-    (void)x;
-#endif
-}
 
 /* ---- which queries see which keys ---- */
 

@@ -422,11 +422,11 @@ static int64_t find_coming(const live_places *l, const live_list *before, int32_
 static void fetch_coming(backward_job *w, const int32_t *coming, int64_t i0, int64_t i1)
 {
     const sel_attention *a = w->a;
-    const int64_t bytes = a->kv_heads * a->dh * (int64_t)sizeof(operand);
+    const int64_t n = a->kv_heads * a->dh;
 
     for (int64_t i = i0; i < i1; i++) {
-        fetch_block(&w->room.next, operands(a->k) + w->b * a->k_seq + coming[i] * a->k_row, bytes);
-        fetch_block(&w->room.next, operands(a->v) + w->b * a->v_seq + coming[i] * a->v_row, bytes);
+        fetch_operands(&w->room.next, operands(a->k) + w->b * a->k_seq + coming[i] * a->k_row, 0, 1, n);
+        fetch_operands(&w->room.next, operands(a->v) + w->b * a->v_seq + coming[i] * a->v_row, 0, 1, n);
     }
 }
 

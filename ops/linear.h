@@ -66,7 +66,8 @@ sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_
 sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row);
 
 /* dx [rows][in] = dy [rows][out] W, an array of `type`: float32, or, where the engine's operands are too, bfloat16:
-   the float32 sum rounded once, to nearest even.  SEL_EUSER: bfloat16 of a float32 engine. */
+   the float32 sum rounded once, to nearest even (where rows have gaps oneDNN 2.6 is slow).  SEL_EUSER: bfloat16 of a
+   float32 engine. */
 sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, void *dx,
                                      sel_dtype type, int64_t dx_row);
 

@@ -1,7 +1,7 @@
 /* vec.h: the vectors of the portable kernels: as wide as the level that a file is compiled for.
  *
  * GCC's and clang's generic vectors: arithmetic, comparison and shuffles without a
- * word of any instruction set.  A kernel file includes this, writes its functions as
+ * word of any instruction set, but for exp (vec_avx512.h).  A kernel file includes this, writes its functions as
  * SEL_FN(name), and is compiled once a level.
  */
 #ifndef SEL_OPS_VEC_H
@@ -17,7 +17,7 @@
 #define SEL_FN(name) SEL_PASTE(name, SEL_LEVEL)   /* sel_add -> sel_add_avx2 */
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
+#include "ops/vec_avx512.h"
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
@@ -140,20 +140,7 @@ static inline float vsum(vf x)
 static inline vf vexp(vf x)
 {
 #if VL == 16
-    /* The same with instructions that take care of the ends: scalef of 2^n's range, min of NaN, which is its second. */
-    const __m512 y = _mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);
-    const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f),
-                                      _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), y));
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-    const __mmask16 seen = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
-    return (vf)_mm512_maskz_scalef_ps(seen, p, n);
+    return (vf)sel_exp_avx512((__m512)x);
 #else
     const vf lo = vset1(-87.33654f), hi = vset1(88.72284f), magic = vset1(12582912.0f);
     const vf xc = vmin(vmax(x, lo), hi);                 /* NaN goes to lo here, restored below */

@@ -273,7 +273,8 @@ static void *line_values(int64_t n, double scale, bool half)
    forward's always. */
 static void check_around(int threads, int kv_heads, bool dead)
 {
-    enum { B = 2, H = 8, N = 1024, DH = 64, ROW = H * DH, SEQ = N * ROW, ALL = B * SEQ, ASIDE = 4 };
+    enum { MOST = 4, H = 8, N = 1024, DH = 64, ROW = H * DH, SEQ = N * ROW, ASIDE = 4 };
+    const int64_t B = bfloat16 ? MOST : 2, ALL = B * SEQ;   /* 4 MiB of the smallest result: less stays in cache */
     random_seed(600);
     void *const q = line_values(ALL, 0.5, bfloat16), *const k = line_values(ALL, 1.0, bfloat16);
     void *const v = line_values(ALL, 1.0, bfloat16), *const dout = line_values(ALL, 1.0, bfloat16);
@@ -283,8 +284,8 @@ static void check_around(int threads, int kv_heads, bool dead)
     for (int l = 0; l < levels; l++) {
         if (tables[l].level < SEL_CPU_AVX512) continue;   /* the portable kernels have one way */
         for (int side = 0; side < 2; side++) {
-            float dead_after[B];
-            double live[B];
+            float dead_after[MOST];
+            double live[MOST];
             for (int i = 0; i < 4; i++) {
                 const bool half = i == 0 && bfloat16;
                 x[side][i] = (char *)line_values(ALL + ASIDE, 1.0, half) + side * ASIDE * value_size(half);

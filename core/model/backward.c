@@ -70,8 +70,7 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const void *const dx = m->opt.bfloat16 ? (const void *)m->dx16 : m->dx;
 
     /* feed-forward half: silu(gate) * up and the norm's output come again with their gradients */
-    SEL_TRY(sel_model_product_input(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->da, SEL_FLOAT32,
-                                    d->F));
+    SEL_TRY(sel_model_product_input(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->da, SEL_FLOAT32, d->F));
     if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
     else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
     sel_profile_lap(m->opt.profile, SEL_PART_SWIGLU_BACKWARD, 0.0,
