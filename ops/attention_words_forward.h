@@ -604,7 +604,7 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             }
         }
     }
-    if (!a->dead_after && h == a->heads - 1) end_results(t->rows == TILE);   /* some heads may lie on lines, others not */
+    if (!a->dead_after && h == a->heads - 1) end_results(t->rows == TILE);   /* some heads lie on lines, maybe not this */
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */
