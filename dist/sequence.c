@@ -13,7 +13,6 @@
 #include "core/base/pulse.h"
 #include "dist/comm_mpi.h"
 #include "dist/host.h"
-#include "dist/tree.h"
 
 enum { TAG_KEYS, TAG_SUMS, TAG_GRADIENTS };
 
@@ -30,8 +29,7 @@ struct sel_sequence {
     sel_host_count **counts;      /* [ranks], window only: stages that each rank has come to */
     uint32_t stage, ended;        /* this rank's; that in which it last ended the use of keys */
 
-    float *keys;                  /* the group's in a window, else this rank's */
-    uint16_t *keys16;             /* as messages carry them: [places][batch][each][width]; bfloat16 only */
+    char *keys;                   /* the group's in a window, else this rank's */
     float **sums;                 /* [places] */
     float **gradients;            /* [places]; without a window only this rank's own */
     MPI_Request *requests;        /* [most] */
@@ -73,9 +71,34 @@ static int64_t gradient_floats(const sel_sequence *q, int place)
     return q->opt.batch * end_of(q, place) * q->opt.width;
 }
 
-static int64_t keys_floats(const sel_sequence *q)
+/* Bytes of one number of a key. */
+static int64_t key_bytes(const sel_sequence *q)
 {
-    return q->opt.batch * q->opt.chunks.tokens * q->opt.width;
+    return q->opt.bfloat16 ? (int64_t)sizeof(uint16_t) : (int64_t)sizeof(float);
+}
+
+/* The first key of a chunk. */
+static void *key_at(const sel_sequence *q, int place)
+{
+    return q->keys + begin_of(q, place) * q->opt.width * key_bytes(q);
+}
+
+/* Blocks of gradients that others give to this rank's keys. */
+static int blocks_given(const sel_sequence *q)
+{
+    int blocks = 0;
+    for (int to = 0; to < q->places; to++)
+        for (int from = to + 1; owner_of(q, to) == q->opt.chunks.rank && from < q->places; from++)
+            blocks += owner_of(q, from) != q->opt.chunks.rank;
+    return blocks;
+}
+
+/* Room for keys; without a window also for what is given to them, which arrives there once they have been read. */
+static size_t keys_room(const sel_sequence *q, bool shared)
+{
+    const int64_t chunk = q->opt.batch * q->opt.chunks.each * q->opt.width;
+    const int64_t keys = q->places * chunk * key_bytes(q), given = blocks_given(q) * chunk * (int64_t)sizeof(float);
+    return (size_t)(shared || keys > given ? keys : given);
 }
 
 /* Walks a rank's memory: with base NULL to learn its size, then to set the pointers that are wanted. */
@@ -110,8 +133,7 @@ static size_t lay_out(sel_sequence *q, char *base, int r, bool shared)
     if (!shared)
         for (int p = 0; p < q->places; p++)
             if (owner_of(q, p) != r) q->sums[p] = take_floats(&t, q->opt.batch * q->row);
-    if (r == 0 || !shared) q->keys = take_floats(&t, keys_floats(q));
-    if (q->opt.bfloat16 && !shared) q->keys16 = take(&t, (size_t)keys_floats(q) * sizeof *q->keys16);
+    if (r == 0 || !shared) q->keys = take(&t, keys_room(q, shared));
     return t.used;
 }
 
@@ -272,28 +294,26 @@ static void complete(sel_sequence *q, const char *what)
     waited(q, begun);
 }
 
-/* A message to or from another rank of what lies at `at`. */
-static void send_or_receive(sel_sequence *q, bool sends, void *at, int count, MPI_Datatype type, int peer, int tag)
+/* To or from another rank: `blocks` blocks of `count` numbers of `bytes` (float32 or bfloat16), `stride` apart. */
+static void message(sel_sequence *q, bool sends, void *at, int64_t bytes, int64_t blocks, int64_t count,
+                    int64_t stride, int peer, int tag)
 {
     MPI_Comm const world = q->group->world;
+    MPI_Datatype type, number = bytes == (int64_t)sizeof(float) ? MPI_FLOAT : MPI_UINT16_T;
 
     SEL_ASSERT(q->n_requests < q->most);
     MPI_Request *const r = &q->requests[q->n_requests++];
-    if (sends) CK(q->comm, MPI_Isend(at, count, type, peer, tag, world, r));
-    else CK(q->comm, MPI_Irecv(at, count, type, peer, tag, world, r));
+    CK(q->comm, MPI_Type_create_hvector((int)blocks, (int)count, (MPI_Aint)(stride * bytes), number, &type));
+    CK(q->comm, MPI_Type_commit(&type));
+    if (sends) CK(q->comm, MPI_Isend(at, 1, type, peer, tag, world, r));
+    else CK(q->comm, MPI_Irecv(at, 1, type, peer, tag, world, r));
+    CK(q->comm, MPI_Type_free(&type));
 }
 
-/* `blocks` blocks of `count` floats, `stride` apart. */
-static void message(sel_sequence *q, bool sends, float *at, int64_t blocks, int64_t count, int64_t stride, int peer,
-                    int tag)
+/* The same of `count` floats without gaps between blocks of them. */
+static void message_floats(sel_sequence *q, bool sends, float *at, int64_t count, int peer, int tag)
 {
-    MPI_Datatype type;
-
-    CK(q->comm, MPI_Type_create_hvector((int)blocks, (int)count, (MPI_Aint)(stride * (int64_t)sizeof *at), MPI_FLOAT,
-                                         &type));
-    CK(q->comm, MPI_Type_commit(&type));
-    send_or_receive(q, sends, at, 1, type, peer, tag);
-    CK(q->comm, MPI_Type_free(&type));
+    message(q, sends, at, sizeof *at, 1, count, count, peer, tag);
 }
 
 /* Counts `bytes` that go from this rank to those for which `wanted` says so: by the wire, where to other hosts, each of
@@ -313,7 +333,7 @@ static void count_sent(sel_sequence *q, double bytes, const bool *wanted)
 
 /* ---- keys */
 
-float *sel_sequence_begin(sel_sequence *q)
+void *sel_sequence_begin(sel_sequence *q)
 {
     if (q->window) await(q, q->ended, "the room for keys");
     return q->keys;
@@ -324,57 +344,39 @@ static bool reads(const sel_sequence *q, int rank, int place)
     return place <= last_place(q, rank);
 }
 
-/* Keys of the chunk at a place as messages carry them in bfloat16. */
-static uint16_t *carried(const sel_sequence *q, int place)
-{
-    return q->keys16 + place * q->opt.batch * q->opt.chunks.each * q->opt.width;
-}
-
 /* The keys of a chunk, to or from another rank. */
 static void key_message(sel_sequence *q, bool sends, int place, int64_t batch, int peer)
 {
-    const int64_t count = q->opt.chunks.each * q->opt.width;
-
-    if (q->opt.bfloat16)
-        send_or_receive(q, sends, carried(q, place), (int)(batch * count), MPI_UINT16_T, peer, TAG_KEYS);
-    else
-        message(q, sends, q->keys + begin_of(q, place) * q->opt.width, batch, count,
-                q->opt.chunks.tokens * q->opt.width, peer, TAG_KEYS);
+    message(q, sends, key_at(q, place), key_bytes(q), batch, q->opt.chunks.each * q->opt.width,
+            q->opt.chunks.tokens * q->opt.width, peer, TAG_KEYS);
 }
 
 void sel_sequence_share(sel_sequence *q, int64_t batch)
 {
     const sel_chunks *const c = &q->opt.chunks;
-    const int64_t count = c->each * q->opt.width, stride = c->tokens * q->opt.width;
+    const double bytes = (double)(batch * c->each * q->opt.width * key_bytes(q));   /* of a chunk */
 
     SEL_ASSERT(batch <= q->opt.batch);
     if (q->window) {
         arrive(q);
         await(q, q->stage, "keys");
-        q->wire.host_bytes += 4.0 * (double)(batch * count) * (last_place(q, c->rank) + 1 - c->chunks);
+        q->wire.host_bytes += bytes * (last_place(q, c->rank) + 1 - c->chunks);
         return;
     }
     bool wanted[c->ranks];
     for (int p = 0; p < q->places; p++) {
-        const float *const at = q->keys + begin_of(q, p) * q->opt.width;
         const int owner = owner_of(q, p);
         if (owner != c->rank) {
             if (reads(q, c->rank, p)) key_message(q, false, p, batch, owner);
             continue;
         }
-        for (int64_t b = 0; q->opt.bfloat16 && b < batch; b++)
-            sel_to_bfloat16(carried(q, p) + b * count, at + b * stride, count, q->opt.threads);
         for (int r = 0; r < c->ranks; r++) {
             wanted[r] = r != c->rank && reads(q, r, p);
             if (wanted[r]) key_message(q, true, p, batch, r);
         }
-        count_sent(q, (q->opt.bfloat16 ? 2.0 : 4.0) * (double)(batch * count), wanted);
+        count_sent(q, bytes, wanted);
     }
     complete(q, "keys");
-    for (int p = 0; q->opt.bfloat16 && p < q->places; p++)
-        for (int64_t b = 0; owner_of(q, p) != c->rank && reads(q, c->rank, p) && b < batch; b++)
-            sel_from_bfloat16(q->keys + begin_of(q, p) * q->opt.width + b * stride, carried(q, p) + b * count, count,
-                              q->opt.threads);
 }
 
 void sel_sequence_end(sel_sequence *q)
@@ -412,11 +414,11 @@ void sel_sequence_share_sums(sel_sequence *q, int64_t batch)
     for (int p = 0; p < q->places; p++) {
         const int owner = owner_of(q, p);
         if (owner != c->rank) {
-            message(q, false, q->sums[p], 1, count, count, owner, TAG_SUMS);
+            message_floats(q, false, q->sums[p], count, owner, TAG_SUMS);
             continue;
         }
         for (int r = 0; r < c->ranks; r++)
-            if (wanted[r]) message(q, true, q->sums[p], 1, count, count, r, TAG_SUMS);
+            if (wanted[r]) message_floats(q, true, q->sums[p], count, r, TAG_SUMS);
         count_sent(q, 4.0 * (double)count, wanted);
     }
     complete(q, "sums");
@@ -468,10 +470,10 @@ static float *gives(const sel_sequence *q, int from, int to)
     return q->gradients[from] + begin_of(q, to) * q->opt.width;
 }
 
-/* Messages: where what others give arrives: the keys have been read by now, and there are at least as many. */
+/* Messages: where what others give arrives, in the room for keys (keys_room): they have been read by now. */
 static float *landing(const sel_sequence *q, int64_t batch, int *used)
 {
-    return q->keys + (*used)++ * batch * q->opt.chunks.each * q->opt.width;
+    return (float *)(void *)q->keys + (*used)++ * batch * q->opt.chunks.each * q->opt.width;
 }
 
 static void exchange_gradients(sel_sequence *q, int64_t batch)
@@ -486,10 +488,10 @@ static void exchange_gradients(sel_sequence *q, int64_t batch)
             const int giver = owner_of(q, from), owner = owner_of(q, to);
             if (giver == owner || (giver != c->rank && owner != c->rank)) continue;
             if (owner == c->rank) {
-                message(q, false, landing(q, batch, &used), batch, count, count, giver, TAG_GRADIENTS + from);
+                message_floats(q, false, landing(q, batch, &used), batch * count, giver, TAG_GRADIENTS + from);
                 continue;
             }
-            message(q, true, gives(q, from, to), batch, count, end_of(q, from) * q->opt.width, owner,
+            message(q, true, gives(q, from, to), sizeof(float), batch, count, end_of(q, from) * q->opt.width, owner,
                     TAG_GRADIENTS + from);
             for (int r = 0; r < c->ranks; r++) wanted[r] = r == owner;
             count_sent(q, 4.0 * (double)(batch * count), wanted);

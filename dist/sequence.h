@@ -23,9 +23,9 @@ typedef struct {
     sel_chunks chunks;
     int group;               /* number of this rank's group */
     int64_t batch;           /* sequences at once, at most */
-    int64_t width;           /* floats of a token's row of keys (and values, ...) */
+    int64_t width;           /* numbers of a token's row of keys (and values, ...) */
     bool no_window;          /* as if no host lent shared memory */
-    bool bfloat16;           /* keys are such floats as bfloat16 holds: messages of them take half the bytes */
+    bool bfloat16;           /* keys are arrays of bfloat16 (uint16_t), else float32; all else is float32 either way */
     int threads;
 } sel_sequence_options;
 
@@ -41,12 +41,12 @@ const char *sel_sequence_note(const sel_sequence *q);
 /* Bytes that it takes a rank, on the average of the group. */
 size_t sel_sequence_bytes(const sel_sequence *q);
 
-/* ---- keys [batch][tokens][width], by position
+/* ---- keys [batch][tokens][width], by position, of their type
 
    begin: the keys of before are read no more by anyone; *keys is where this rank stores its own rows, and finds the
    others'.  share [collective]: all have stored the rows of the first `batch` sequences, and those up to this rank's
    last are there.  end: this rank reads them no more. */
-float *sel_sequence_begin(sel_sequence *q);
+void  *sel_sequence_begin(sel_sequence *q);
 void   sel_sequence_share(sel_sequence *q, int64_t batch);
 void   sel_sequence_end(sel_sequence *q);
 

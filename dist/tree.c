@@ -100,11 +100,3 @@ void sel_from_bfloat16(float *restrict y, const uint16_t *restrict x, int64_t n,
         memcpy(&y[i], &u, sizeof u);
     }
 }
-
-void sel_round_bfloat16(float *restrict y, const float *restrict x, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t u = round_one(x[i]) & 0xffff0000;
-        memcpy(&y[i], &u, sizeof u);
-    }
-}

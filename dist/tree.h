@@ -19,7 +19,4 @@ double sel_tree_sum_doubles(const double *x, int n, int stride);
 void sel_to_bfloat16(uint16_t *y, const float *x, int64_t n, int threads);
 void sel_from_bfloat16(float *y, const uint16_t *x, int64_t n, int threads);
 
-/* Both at once: y is x rounded. */
-void sel_round_bfloat16(float *y, const float *x, int64_t n);
-
 #endif

@@ -1,4 +1,4 @@
-/* adamw_c.c: operations on long flat arrays: AdamW, sum of squares, rounding.
+/* adamw_c.c: operations on long flat arrays: AdamW, sum of squares.
  *
  * AdamW is elementwise, and compiled without fused multiply-add (CMakeLists.txt): an element's result depends
  * neither on where it lies in the call nor on the level, so threads and ranks may share the arrays in any way.
@@ -6,14 +6,6 @@
 #include <math.h>
 #include "ops/levels.h"
 #include "ops/vec.h"
-
-static void to_bfloat16(uint16_t *restrict y, const float *restrict x, int64_t n, int threads)
-{
-    const int64_t whole = n / VL * VL;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < whole; i += VL) vstore_bf16(y + i, vload(x + i), VL);
-    if (whole < n) vstore_bf16(y + whole, vload_n(x + whole, n - whole), n - whole);
-}
 
 /* Constants of a step, worked out in double and rounded once to float32. */
 typedef struct {
@@ -107,7 +99,6 @@ static double sum_squares(const float *x, int64_t n, int threads)
 
 void SEL_FN(sel_ops_adamw_init)(sel_ops *ops)
 {
-    ops->to_bfloat16 = to_bfloat16;
     ops->adamw = adamw;
     ops->sum_squares = sum_squares;
 }

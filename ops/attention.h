@@ -32,18 +32,22 @@ typedef struct {
     /* Switches of spec, section 2.  selective false: F = 0, all else ignored. */
     bool selective, relu, protect_bos, protect_self, shift;
 
-    /* q [B][i1-i0][heads][dh], k and v [B][i1][kv_heads][dh]: strides in floats
+    /* The type of all operands of matrix products: q, k, v, sel_q, sel_k, out (o_proj's) and dout are arrays of
+       bfloat16 (uint16_t), or of float32; P, dZ and dS are rounded to it.  All else, sums included, is float32. */
+    bool bfloat16;
+
+    /* q [B][i1-i0][heads][dh], k and v [B][i1][kv_heads][dh]: strides in values
        of a sequence and of a token; heads are dh apart. */
-    const float *q, *k, *v;
+    const void *q, *k, *v;
     int64_t q_seq, q_row, k_seq, k_row, v_seq, v_row;
 
     /* What makes S where it is not head 0 (source bilinear): sel_q [B][i1-i0][dh], sel_k [B][i1][dh], strides as
        above.  NULL, both: head 0.  Ignored unless selective. */
-    const float *sel_q, *sel_k;
+    const void *sel_q, *sel_k;
     int64_t sel_q_seq, sel_q_row, sel_k_seq, sel_k_row;
 
     /* out [B][i1-i0][heads][dh] */
-    float *out;
+    void *out;
     int64_t out_seq, out_row;
 
     /* lse [B][heads][i1-i0]: log-sum-exp of each row, for backward. */
@@ -80,20 +84,22 @@ typedef struct {
     double dead_margin;
     double *live;
 
-    /* Operands of the matrix products (q, k, v, sel_q, sel_k, dout, P, dZ, dS) are rounded to bfloat16; all else, sums
-       included, stays float32 (spec, section 3).  Arrays are float32 either way. */
-    bool bfloat16;
-
     /* Scratch of sel_attention_workspace bytes, 64-byte aligned. */
     void *workspace;
     int threads;
 } sel_attention;
 
+/* Value i of an operand array of the call. */
+static inline const void *sel_attention_at(const sel_attention *a, const void *x, int64_t i)
+{
+    return (const char *)x + i * (a->bfloat16 ? (int64_t)sizeof(uint16_t) : (int64_t)sizeof(float));
+}
+
 /* What backward needs besides the forward's arguments (q, k, v, out, lse, saved, m_row
    as forward left them; carry_in as forward got it). */
 typedef struct {
-    const float *dout;     /* [B][i1-i0][heads][dh] with out's strides */
-    float *dq, *dk, *dv;   /* overwritten; strides of a sequence and a token below */
+    const void *dout;      /* [B][i1-i0][heads][dh] with out's type and strides */
+    float *dq, *dk, *dv;   /* float32; overwritten; strides of a sequence and a token below */
     int64_t dq_seq, dq_row, dk_seq, dk_row, dv_seq, dv_row;
 
     /* Where sel_q and sel_k make S: all that comes through F, and head 0's q and k get none of it; overwritten. */

@@ -29,40 +29,44 @@ typedef struct {
 
 static int64_t kv_head(const sel_attention *a, int64_t h) { return h * a->kv_heads / a->heads; }
 
-/* Rows of q or dout with their dh values in the lanes: as they lie, or copied (padded, rounded). */
+/* Rows of q or dout with their dh values in the lanes: as they lie, or copied (padded, widened). */
 static const float *query_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
 {
-    *stride = w->p->copied ? w->a->heads * w->p->dhp : w->a->q_row;
-    return w->p->copied ? w->pack + w->p->q_rows + (row * w->a->heads + h) * w->p->dhp
-                        : w->a->q + w->b * w->a->q_seq + row * w->a->q_row + h * w->a->dh;
+    const sel_attention *a = w->a;
+    *stride = w->p->copied ? a->heads * w->p->dhp : a->q_row;
+    if (w->p->copied) return w->pack + w->p->q_rows + (row * a->heads + h) * w->p->dhp;
+    return sel_attention_at(a, a->q, w->b * a->q_seq + row * a->q_row + h * a->dh);
 }
 static const float *dout_rows(const job *w, int64_t h, int64_t row, int64_t *stride)
 {
-    *stride = w->p->copied ? w->a->heads * w->p->dhp : w->a->out_row;
-    return w->p->copied ? w->pack + w->p->dout_rows + (row * w->a->heads + h) * w->p->dhp
-                        : w->g->dout + w->b * w->a->out_seq + row * w->a->out_row + h * w->a->dh;
+    const sel_attention *a = w->a;
+    *stride = w->p->copied ? a->heads * w->p->dhp : a->out_row;
+    if (w->p->copied) return w->pack + w->p->dout_rows + (row * a->heads + h) * w->p->dhp;
+    return sel_attention_at(a, w->g->dout, w->b * a->out_seq + row * a->out_row + h * a->dh);
 }
 
 static const float *selection_rows(const job *w, int64_t row, int64_t *stride)
 {
-    *stride = w->p->copied ? w->p->dhp : w->a->sel_q_row;
-    return w->p->copied ? w->pack + w->p->sel_q_rows + row * w->p->dhp
-                        : w->a->sel_q + w->b * w->a->sel_q_seq + row * w->a->sel_q_row;
+    const sel_attention *a = w->a;
+    *stride = w->p->copied ? w->p->dhp : a->sel_q_row;
+    if (w->p->copied) return w->pack + w->p->sel_q_rows + row * w->p->dhp;
+    return sel_attention_at(a, a->sel_q, w->b * a->sel_q_seq + row * a->sel_q_row);
 }
 
-/* Rows of column tile J of k, v or sel_k (`heads` heads), *row apart, heads *head apart: as they lie, or copied
-   (padded, rounded). */
-static const float *column_rows(const job *w, int64_t J, const float *x, int64_t x_row, int64_t heads, float *copy,
+/* Rows of column tile J of k, v or sel_k (`heads` heads; x: the sequence's first), *row apart, heads *head apart: as
+   they lie, or copied (padded, widened). */
+static const float *column_rows(const job *w, int64_t J, const void *x, int64_t x_row, int64_t heads, float *copy,
                                 int64_t *row, int64_t *head)
 {
     const sel_attention *a = w->a;
     const int64_t dh = a->dh, dhp = w->p->dhp, left = a->i1 - J * TILE;
     *row = w->p->copied ? dhp : x_row;
     *head = w->p->copied ? TILE * dhp : dh;
-    if (!w->p->copied) return x + J * TILE * x_row;
+    if (!w->p->copied) return sel_attention_at(a, x, J * TILE * x_row);
     for (int64_t kh = 0; kh < heads; kh++)
         for (int64_t j = 0; j < TILE && j < left; j++)
-            copy_padded(copy + (kh * TILE + j) * dhp, x + (J * TILE + j) * x_row + kh * dh, dh, dhp, a->bfloat16);
+            copy_padded(copy + (kh * TILE + j) * dhp, sel_attention_at(a, x, (J * TILE + j) * x_row + kh * dh), dh, dhp,
+                        a->bfloat16);
     return copy;
 }
 
@@ -76,9 +80,9 @@ static void pack_tile(const job *w, int64_t I)
 
     for (int64_t h = 0; h < H; h++) {
         const int64_t slot = I * H + h;
-        const float *q = a->q + w->b * a->q_seq + row * a->q_row + h * dh;
-        const float *dout = w->g->dout + w->b * a->out_seq + row * a->out_row + h * dh;
-        const float *out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
+        const int64_t at = w->b * a->out_seq + row * a->out_row + h * dh;
+        const void *const q = sel_attention_at(a, a->q, w->b * a->q_seq + row * a->q_row + h * dh);
+        const void *const dout = sel_attention_at(a, w->g->dout, at), *const out = sel_attention_at(a, a->out, at);
         float *const lse = w->pack + p->lse_all + slot * TILE, *const delta = w->pack + p->delta_all + slot * TILE;
 
         transpose_rows(w->pack + p->qt_all + slot * dh * TILE, q, a->q_row, t.rows, dh, query_scale(a),
@@ -87,21 +91,24 @@ static void pack_tile(const job *w, int64_t I)
         for (int i = 0; i < TILE; i++) {
             float sum = 0.0f;
             if (i < t.rows)
-                for (int64_t d = 0; d < dh; d++) sum += dout[i * a->out_row + d] * out[i * a->out_row + d];
+                for (int64_t d = i * a->out_row; d < i * a->out_row + dh; d++)
+                    sum += operand(a->bfloat16, dout, d) * operand(a->bfloat16, out, d);
             delta[i] = sum;
             lse[i] = i < t.rows ? a->lse[(w->b * H + h) * p->rows + row + i] : UNSEEN;
         }
         for (int i = 0; p->copied && i < t.rows; i++) {
-            const int64_t at = ((row + i) * H + h) * p->dhp;
-            copy_padded(w->pack + p->q_rows + at, q + i * a->q_row, dh, p->dhp, a->bfloat16);
-            copy_padded(w->pack + p->dout_rows + at, dout + i * a->out_row, dh, p->dhp, a->bfloat16);
+            const int64_t to = ((row + i) * H + h) * p->dhp;
+            copy_padded(w->pack + p->q_rows + to, sel_attention_at(a, q, i * a->q_row), dh, p->dhp, a->bfloat16);
+            copy_padded(w->pack + p->dout_rows + to, sel_attention_at(a, dout, i * a->out_row), dh, p->dhp,
+                        a->bfloat16);
         }
     }
     if (!attention_bilinear(a)) return;
-    const float *const own = a->sel_q + w->b * a->sel_q_seq + row * a->sel_q_row;
+    const void *const own = sel_attention_at(a, a->sel_q, w->b * a->sel_q_seq + row * a->sel_q_row);
     transpose_rows(w->pack + p->sel_qt_all + I * dh * TILE, own, a->sel_q_row, t.rows, dh, query_scale(a), a->bfloat16);
     for (int i = 0; p->copied && i < t.rows; i++)
-        copy_padded(w->pack + p->sel_q_rows + (row + i) * p->dhp, own + i * a->sel_q_row, dh, p->dhp, a->bfloat16);
+        copy_padded(w->pack + p->sel_q_rows + (row + i) * p->dhp, sel_attention_at(a, own, i * a->sel_q_row), dh,
+                    p->dhp, a->bfloat16);
 }
 
 /* From logits X (not changed) to P and, dP in Z coming in, dZ = P (dP - delta); G += dZ where not NULL. */
@@ -180,10 +187,10 @@ static void backward_column(const job *w, int64_t J)
     float *const dK = w->scratch + p->dk, *const dV = w->scratch + p->dv, *const dQ = w->scratch + p->dq;
     float *const dSelK = w->scratch + p->dsel_k, *const dSelQ = w->scratch + p->dsel_q;
     int64_t k_row, v_row, k_head, v_head;
-    const float *const k = column_rows(w, J, a->k + w->b * a->k_seq, a->k_row, a->kv_heads, w->scratch + p->kcopy,
-                                       &k_row, &k_head);
-    const float *const v = column_rows(w, J, a->v + w->b * a->v_seq, a->v_row, a->kv_heads, w->scratch + p->vcopy,
-                                       &v_row, &v_head);
+    const float *const k = column_rows(w, J, sel_attention_at(a, a->k, w->b * a->k_seq), a->k_row, a->kv_heads,
+                                       w->scratch + p->kcopy, &k_row, &k_head);
+    const float *const v = column_rows(w, J, sel_attention_at(a, a->v, w->b * a->v_seq), a->v_row, a->kv_heads,
+                                       w->scratch + p->vcopy, &v_row, &v_head);
     const bool bilinear = attention_bilinear(a);
     const float *own = k;                              /* keys and queries that S is made of */
     const float *own_qt = w->pack + p->qt_all;
@@ -194,8 +201,8 @@ static void backward_column(const job *w, int64_t J)
     memset(dK, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dK);
     memset(dV, 0, (size_t)(a->kv_heads * TILE * dhp) * sizeof *dV);
     if (bilinear) {
-        own = column_rows(w, J, a->sel_k + w->b * a->sel_k_seq, a->sel_k_row, 1, w->scratch + p->sel_kcopy, &own_row,
-                          &own_head);
+        own = column_rows(w, J, sel_attention_at(a, a->sel_k, w->b * a->sel_k_seq), a->sel_k_row, 1,
+                          w->scratch + p->sel_kcopy, &own_row, &own_head);
         own_qt = w->pack + p->sel_qt_all;
         own_tile = dh * TILE;
         memset(dSelK, 0, (size_t)(TILE * dhp) * sizeof *dSelK);

@@ -31,13 +31,16 @@ static job new_job(const sel_attention *a, const sel_attention_grad *g, const at
                   .pack = base + p->pack0 + set * p->pack_size };
 }
 
-static const float *query_row(const job *w, int64_t row)
+static const void *query_row(const job *w, int64_t row)
 {
-    return w->from.q + w->b * w->from.q_seq + row * w->from.q_row;
+    return sel_attention_at(w->a, w->from.q, w->b * w->from.q_seq + row * w->from.q_row);
 }
-static const float *key_row(const job *w, int64_t j) { return w->from.k + w->b * w->from.k_seq + j * w->from.k_row; }
+static const void *key_row(const job *w, int64_t j)
+{
+    return sel_attention_at(w->a, w->from.k, w->b * w->from.k_seq + j * w->from.k_row);
+}
 
-/* Keys of column tile J, *stride apart: as they lie, or copied (padded to `padded` values, rounded). */
+/* Keys of column tile J, *stride apart: as they lie, or copied (padded to `padded` values, widened). */
 static const float *column_keys(const job *w, int64_t J, float *copy, bool copied, int64_t padded, int64_t *stride)
 {
     const int64_t j0 = J * TILE, left = w->a->i1 - j0;

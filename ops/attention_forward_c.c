@@ -22,25 +22,35 @@ typedef struct {
     double live;              /* pairs of a row and a live key so far */
 } job;
 
-static const float *query(const job *w, int64_t h, int64_t row)
+static const void *query(const job *w, int64_t h, int64_t row)
 {
-    return w->a->q + w->b * w->a->q_seq + row * w->a->q_row + h * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->q, w->b * a->q_seq + row * a->q_row + h * a->dh);
 }
-static const float *key(const job *w, int64_t h, int64_t col)
+static const void *key(const job *w, int64_t h, int64_t col)
 {
-    return w->a->k + w->b * w->a->k_seq + col * w->a->k_row + h * w->a->kv_heads / w->a->heads * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->k, w->b * a->k_seq + col * a->k_row + h * a->kv_heads / a->heads * a->dh);
 }
-static const float *value(const job *w, int64_t h, int64_t col)
+static const void *value(const job *w, int64_t h, int64_t col)
 {
-    return w->a->v + w->b * w->a->v_seq + col * w->a->v_row + h * w->a->kv_heads / w->a->heads * w->a->dh;
+    const sel_attention *a = w->a;
+    return sel_attention_at(a, a->v, w->b * a->v_seq + col * a->v_row + h * a->kv_heads / a->heads * a->dh);
 }
 
-/* Rows of a column tile's keys or values, *stride apart: as they lie, or copied and rounded to bfloat16. */
-static const float *operand_rows(const job *w, const tile_place *t, const float *rows, float *copy, int64_t *stride)
+static void *output(const job *w, int64_t h, int64_t row)
+{
+    const sel_attention *a = w->a;
+    return (void *)sel_attention_at(a, a->out, w->b * a->out_seq + row * a->out_row + h * a->dh);
+}
+
+/* Rows of a column tile's keys or values as float32, *stride apart: as they lie, or copied. */
+static const float *operand_rows(const job *w, const tile_place *t, const void *rows, float *copy, int64_t *stride)
 {
     const int64_t dh = w->a->dh;
     if (!w->a->bfloat16) return rows;
-    for (int j = 0; j < t->cols; j++) copy_padded(copy + j * dh, rows + j * *stride, dh, dh, true);
+    for (int j = 0; j < t->cols; j++)
+        copy_padded(copy + j * dh, sel_attention_at(w->a, rows, j * *stride), dh, dh, true);
     *stride = dh;
     return copy;
 }
@@ -59,8 +69,8 @@ static const float *selection_queries(const job *w, const tile_place *t, int64_t
     const sel_attention *a = w->a;
     float *const own = w->scratch + w->p->sel_qt;
     if (!attention_bilinear(a)) return Qt;
-    transpose_rows(own, a->sel_q + w->b * a->sel_q_seq + row_tile * TILE * a->sel_q_row, a->sel_q_row, t->rows, a->dh,
-                   query_scale(a), a->bfloat16);
+    transpose_rows(own, sel_attention_at(a, a->sel_q, w->b * a->sel_q_seq + row_tile * TILE * a->sel_q_row),
+                   a->sel_q_row, t->rows, a->dh, query_scale(a), a->bfloat16);
     return own;
 }
 
@@ -73,7 +83,7 @@ static void selection_logits(const job *w, const tile_place *t, const float *Qt,
         head_logits(w, t, 0, Qt, X);
         return;
     }
-    const float *const rows = a->sel_k + w->b * a->sel_k_seq + t->col0 * a->sel_k_row;
+    const void *const rows = sel_attention_at(a, a->sel_k, w->b * a->sel_k_seq + t->col0 * a->sel_k_row);
     const float *const K = operand_rows(w, t, rows, w->scratch + w->p->krows, &stride);
     logits_tile(a, t, K, stride, Qt, X);
 }
@@ -131,6 +141,20 @@ static void add_forgotten(const tile_place *t, const float *F, double tau, doubl
         }
 }
 
+/* A head's output O (softmax_tile's), divided by its rows' sums l and in out's type; out: its first row. */
+static void store_rows(const sel_attention *a, const tile_place *t, float *O, const float *l, void *out)
+{
+    float inverse[TILE];
+    for (int i = 0; i < TILE; i++) inverse[i] = i < t->rows ? 1.0f / l[i] : 0.0f;
+    for (int64_t d = 0; d < a->dh; d++)
+        for (int v = 0; v < t->lanes; v += VL) {
+            const vf o = vload(O + d * TILE + v) * vload(inverse + v);
+            vstore(O + d * TILE + v, a->bfloat16 ? vround_bf16(o) : o);
+        }
+    for (int i = 0; i < t->rows; i++)
+        for (int64_t d = 0; d < a->dh; d++) set_operand(a->bfloat16, out, i * a->out_row + d, O[d * TILE + i]);
+}
+
 /* One row tile, all heads; carry [i1] moves on past its rows.  began [i1], where not NULL: the carries that say which
    keys are dead; a column tile without a live key is left out, F of its keys counts as tau and stays. */
 static void forward_tile(job *w, int64_t row_tile, float *carry, const float *began)
@@ -181,13 +205,9 @@ static void forward_tile(job *w, int64_t row_tile, float *carry, const float *be
 
     for (int64_t h = 0; h < H; h++) {
         const int64_t row = row_tile * TILE;
-        float *const out = a->out + w->b * a->out_seq + row * a->out_row + h * dh;
         float *const lse = a->lse + (w->b * H + h) * p->rows + row;
-        for (int i = 0; i < t.rows; i++) {
-            const float sum = l[h * TILE + i], inverse = 1.0f / sum;
-            for (int64_t d = 0; d < dh; d++) out[i * a->out_row + d] = Ot[(h * dh + d) * TILE + i] * inverse;
-            lse[i] = m[h * TILE + i] + logf(sum);
-        }
+        store_rows(a, &t, Ot + h * dh * TILE, l + h * TILE, output(w, h, row));
+        for (int i = 0; i < t.rows; i++) lse[i] = m[h * TILE + i] + logf(l[h * TILE + i]);
     }
     if (began) w->live += live_pairs(a, w->b, began, t.row0, t.rows);
     if (memory)

@@ -5,23 +5,30 @@
 #include "ops/levels.h"
 #include "ops/vec.h"
 
-static float dot(const float *x, const float *y, int64_t n)
+/* A kernel sums the same products, which are no less exact of bfloat16 operands, in another order: of a logit this much
+   of |q| |k| / sqrt(dh) may differ. */
+#define SLACK 0x1p-18f
+
+/* x . y of arrays of the call's operands. */
+static float dot(const sel_attention *a, const void *x, const void *y)
 {
     vf s = vset1(0.0f);
-    for (int64_t d = 0; d < n; d += VL) s += vload_n(x + d, n - d) * vload_n(y + d, n - d);
+    for (int64_t d = 0; d < a->dh; d += VL)
+        s += vload_as(a->bfloat16, x, d, a->dh - d) * vload_as(a->bfloat16, y, d, a->dh - d);
     return vsum(s);
 }
 
 /* S of a token on itself, at most. */
-static float own_selection(const sel_attention *a, int64_t b, int64_t i, float slack)
+static float own_selection(const sel_attention *a, int64_t b, int64_t i)
 {
     const bool bilinear = a->selective && a->sel_q;
-    const float *const q = bilinear ? a->sel_q + b * a->sel_q_seq + (i - a->i0) * a->sel_q_row
-                                    : a->q + b * a->q_seq + (i - a->i0) * a->q_row;
-    const float *const k = bilinear ? a->sel_k + b * a->sel_k_seq + i * a->sel_k_row
-                                    : a->k + b * a->k_seq + i * a->k_row;
-    const float most = sqrtf(dot(q, q, a->dh) * dot(k, k, a->dh));
-    const float s = (dot(q, k, a->dh) + 2.0f * slack * most) / (float)sqrt((double)a->dh);
+    const int64_t row = i - a->i0;
+    const void *const q = bilinear ? sel_attention_at(a, a->sel_q, b * a->sel_q_seq + row * a->sel_q_row)
+                                   : sel_attention_at(a, a->q, b * a->q_seq + row * a->q_row);
+    const void *const k = bilinear ? sel_attention_at(a, a->sel_k, b * a->sel_k_seq + i * a->sel_k_row)
+                                   : sel_attention_at(a, a->k, b * a->k_seq + i * a->k_row);
+    const float most = sqrtf(dot(a, q, q) * dot(a, k, k));
+    const float s = (dot(a, q, k) + 2.0f * SLACK * most) / (float)sqrt((double)a->dh);
     return s > 0.0f ? s : 0.0f;
 }
 
@@ -75,73 +82,115 @@ static inline four root_of(four x)
 
 enum { MOST_HEADS = 16 };   /* that one thread takes together, as they lie side by side */
 
+/* How the rows lie, constant where it is inlined. */
+typedef struct {
+    bool whole;        /* their width is a multiple of VL */
+    bool bfloat16;
+} row_kind;
+
+INLINE const char *element(const row_kind kind, const char *x, int64_t i)
+{
+    return x + i * (kind.bfloat16 ? (int64_t)sizeof(uint16_t) : (int64_t)sizeof(float));
+}
+
+/* Of the values of a row from d on: VL, or of 2 VL of bfloat16 the even or the odd ones, which take less to widen. */
+typedef enum { ALL, EVEN, ODD } values_part;
+
+INLINE vf values_of(const row_kind kind, const values_part part, const char *x, int64_t d, int64_t n)
+{
+    typedef uint32_t vu_u __attribute__((vector_size(4 * VL), aligned(2), may_alias));
+    if (part == ALL) return vload_as(kind.bfloat16, x, d, kind.whole ? VL : n - d);
+    const vu pairs = *(const vu_u *)element(kind, x, d);
+    return part == EVEN ? (vf)(pairs << 16) : (vf)(pairs & 0xffff0000u);
+}
+
 /* Four rows from i on, of which the last may stand in for those after it. */
-static inline void four_rows(const float *rows[FOUR], const float *x, int64_t stride, int64_t i, int64_t n)
+INLINE void four_rows(const row_kind kind, const char *rows[FOUR], const char *x, int64_t stride, int64_t i, int64_t n)
 {
-    for (int r = 0; r < FOUR; r++) rows[r] = x + (i + r < n ? i + r : n - 1) * stride;
+    for (int r = 0; r < FOUR; r++) rows[r] = element(kind, x, (i + r < n ? i + r : n - 1) * stride);
 }
 
-/* Asks for four rows, `width` floats of each, some way ahead of row i. */
-static inline void fetch_ahead(const float *x, int64_t stride, int64_t i, int64_t n, int64_t width)
+/* Asks for four rows, `width` values of each, some way ahead of row i. */
+INLINE void fetch_ahead(const row_kind kind, const char *x, int64_t stride, int64_t i, int64_t n, int64_t width)
 {
-    enum { AHEAD = 12, LINE = 16 };
-    for (int64_t r = i + AHEAD; r < i + AHEAD + FOUR && r < n; r++)
-        for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(x + r * stride + d);
+    enum { AHEAD = 12, LINE = 64 };
+    for (int64_t r = i + AHEAD; r < i + AHEAD + FOUR && r < n; r++) {
+        const char *const row = element(kind, x, r * stride), *const end = element(kind, row, width);
+        for (const char *line = row; line < end; line += LINE) __builtin_prefetch(line);
+    }
 }
 
-INLINE vf values_of(const bool whole, const float *x, int64_t d, int64_t n)
+INLINE void add_squares(const row_kind kind, const values_part part, vf sum[FOUR], const char *const x[FOUR],
+                        int64_t d, int64_t n)
 {
-    return whole ? vload(x + d) : vload_n(x + d, n - d);
+    #pragma GCC unroll 4
+    for (int r = 0; r < FOUR; r++) {
+        const vf y = values_of(kind, part, x[r], d, n);
+        sum[r] += y * y;
+    }
 }
 
-/* |x|^2 of four rows; whole, here and below: n is a multiple of VL. */
-INLINE four squares_of(const bool whole, const float *const x[FOUR], int64_t n)
+/* |x|^2 of four rows. */
+INLINE four squares_of(const row_kind kind, const char *const x[FOUR], int64_t n)
 {
     vf sum[FOUR] = { { 0 } };
-    for (int64_t d = 0; d < n; d += VL)
-        #pragma GCC unroll 4
-        for (int r = 0; r < FOUR; r++) {
-            const vf y = values_of(whole, x[r], d, n);
-            sum[r] += y * y;
-        }
+    int64_t d = 0;
+    for (; kind.bfloat16 && d + 2 * VL <= n; d += 2 * VL) {
+        add_squares(kind, EVEN, sum, x, d, n);
+        add_squares(kind, ODD, sum, x, d, n);
+    }
+    for (; d < n; d += VL) add_squares(kind, ALL, sum, x, d, n);
     return sums_of(sum);
 }
 
-/* What four queries have to do with their own keys and with BOS's. */
+/* What four queries have to do with their own keys and with BOS's: of each query lanes of sums, then these. */
+typedef struct {
+    vf square[FOUR], own[FOUR], bos[FOUR];
+} query_lanes;
 typedef struct {
     four square, own, bos;
 } four_queries;
 
-INLINE four_queries meet(const bool whole, const float *const query[FOUR], const float *const key[FOUR],
-                         const float *first, int64_t n)
+INLINE void add_queries(const row_kind kind, const values_part part, query_lanes *sum, const char *const query[FOUR],
+                        const char *const key[FOUR], const char *first, int64_t d, int64_t n)
 {
-    vf square[FOUR] = { { 0 } }, own[FOUR] = { { 0 } }, bos[FOUR] = { { 0 } };
-    for (int64_t d = 0; d < n; d += VL) {
-        const vf z = values_of(whole, first, d, n);
-        #pragma GCC unroll 4
-        for (int r = 0; r < FOUR; r++) {
-            const vf x = values_of(whole, query[r], d, n);
-            square[r] += x * x;
-            own[r] += x * values_of(whole, key[r], d, n);
-            bos[r] += x * z;
-        }
+    const vf z = values_of(kind, part, first, d, n);
+    #pragma GCC unroll 4
+    for (int r = 0; r < FOUR; r++) {
+        const vf x = values_of(kind, part, query[r], d, n);
+        sum->square[r] += x * x;
+        sum->own[r] += x * values_of(kind, part, key[r], d, n);
+        sum->bos[r] += x * z;
     }
-    return (four_queries){ .square = sums_of(square), .own = sums_of(own), .bos = sums_of(bos) };
+}
+
+INLINE four_queries meet(const row_kind kind, const char *const query[FOUR], const char *const key[FOUR],
+                         const char *first, int64_t n)
+{
+    query_lanes sum = { 0 };
+    int64_t d = 0;
+    for (; kind.bfloat16 && d + 2 * VL <= n; d += 2 * VL) {
+        add_queries(kind, EVEN, &sum, query, key, first, d, n);
+        add_queries(kind, ODD, &sum, query, key, first, d, n);
+    }
+    for (; d < n; d += VL) add_queries(kind, ALL, &sum, query, key, first, d, n);
+    return (four_queries){ .square = sums_of(sum.square), .own = sums_of(sum.own), .bos = sums_of(sum.bos) };
 }
 
 /* |k| of the longest of n keys of each of `heads` heads; NaN if one is. */
-static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t n, int64_t heads, int64_t dh)
+INLINE void longest_keys(const row_kind kind, float *longest, const char *k, int64_t k_row, int64_t n, int64_t heads,
+                         int64_t dh)
 {
     four squares[MOST_HEADS];
 
     memset(squares, 0, (size_t)heads * sizeof *squares);
     for (int64_t j = 0; j < n; j += FOUR) {
-        const float *key[FOUR];
-        four_rows(key, k, k_row, j, n);
-        fetch_ahead(k, k_row, j, n, heads * dh);
+        const char *key[FOUR];
+        four_rows(kind, key, k, k_row, j, n);
+        fetch_ahead(kind, k, k_row, j, n, heads * dh);
         for (int64_t h = 0; h < heads; h++) {
-            squares[h] = larger_four(squares[h], dh % VL ? squares_of(false, key, dh) : squares_of(true, key, dh));
-            for (int r = 0; r < FOUR; r++) key[r] += dh;
+            squares[h] = larger_four(squares[h], squares_of(kind, key, dh));
+            for (int r = 0; r < FOUR; r++) key[r] = element(kind, key[r], dh);
         }
     }
     for (int64_t h = 0; h < heads; h++) longest[h] = sqrtf(largest_of(squares[h]));
@@ -150,37 +199,50 @@ static void longest_keys(float *longest, const float *k, int64_t k_row, int64_t 
 /* The largest gap of heads [h0, h1) of sequence b: |q| max |k| / sqrt(dh) bounds every logit of a row; its own token's
    and BOS's are there with F = 0 (the own token's F is its own S where neither shift nor protect_self is on).  This
    must cost little beside attention that skips most of its keys: memory is read in order, sums are taken by fours. */
-static float heads_gap(const sel_attention *a, int64_t b, int64_t h0, int64_t h1)
+INLINE float heads_gap(const row_kind kind, const sel_attention *a, int64_t b, int64_t h0, int64_t h1)
 {
     const int64_t dh = a->dh, group = a->heads / a->kv_heads, kh0 = h0 / group, rows = a->i1 - a->i0;
-    const float *const q = a->q + b * a->q_seq + h0 * dh, *const k = a->k + b * a->k_seq + kh0 * dh;
-    const float root = (float)sqrt((double)dh), slack = a->bfloat16 ? 0x1p-6f : 0x1p-18f;   /* of rounded operands */
+    const char *const q = sel_attention_at(a, a->q, b * a->q_seq + h0 * dh);
+    const char *const k = sel_attention_at(a, a->k, b * a->k_seq + kh0 * dh);
+    const float root = (float)sqrt((double)dh);
     float longest[MOST_HEADS];
     four gap = { 0 };
 
-    longest_keys(longest, k, a->k_row, a->i1, (h1 - 1) / group + 1 - kh0, dh);
+    longest_keys(kind, longest, k, a->k_row, a->i1, (h1 - 1) / group + 1 - kh0, dh);
     for (int64_t i = 0; i < rows; i += FOUR) {
-        const float *query[FOUR], *own[FOUR];
-        four_rows(query, q, a->q_row, i, rows);
-        fetch_ahead(q, a->q_row, i, rows, (h1 - h0) * dh);
-        four_rows(own, k + a->i0 * a->k_row, a->k_row, i, rows);
+        const char *query[FOUR], *own[FOUR];
+        four_rows(kind, query, q, a->q_row, i, rows);
+        fetch_ahead(kind, q, a->q_row, i, rows, (h1 - h0) * dh);
+        four_rows(kind, own, element(kind, k, a->i0 * a->k_row), a->k_row, i, rows);
         for (int64_t h = h0; h < h1; h++) {
             const int64_t at = (h / group - kh0) * dh;
-            const float *const key[FOUR] = { own[0] + at, own[1] + at, own[2] + at, own[3] + at };
-            const four_queries x = dh % VL ? meet(false, query, key, k + at, dh) : meet(true, query, key, k + at, dh);
-            const float most = longest[h / group - kh0] * (1.0f + 2.0f * slack) / root;
+            const char *const key[FOUR] = { element(kind, own[0], at), element(kind, own[1], at),
+                                            element(kind, own[2], at), element(kind, own[3], at) };
+            const four_queries x = meet(kind, query, key, element(kind, k, at), dh);
+            const float most = longest[h / group - kh0] * (1.0f + 2.0f * SLACK) / root;
             const four on_bos = x.bos / root;
             four sure = x.own / root;
 
             for (int r = 0; r < FOUR && !a->shift && !a->protect_self; r++)
-                sure[r] -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1), slack);
+                sure[r] -= own_selection(a, b, a->i0 + (i + r < rows ? i + r : rows - 1));
             const four_masks take = on_bos > sure;
             if (a->protect_bos) sure = (four)(((four_masks)on_bos & take) | ((four_masks)sure & ~take));
             gap = larger_four(gap, root_of(x.square) * most - sure);
-            for (int r = 0; r < FOUR; r++) query[r] += dh;
+            for (int r = 0; r < FOUR; r++) query[r] = element(kind, query[r], dh);
         }
     }
     return largest_of(gap);
+}
+
+/* The same, compiled for each kind of rows. */
+static float gap_of(const sel_attention *a, int64_t b, int64_t h0, int64_t h1)
+{
+    const bool whole = a->dh % VL == 0;
+    if (a->bfloat16)
+        return whole ? heads_gap((row_kind){ true, true }, a, b, h0, h1)
+                     : heads_gap((row_kind){ false, true }, a, b, h0, h1);
+    return whole ? heads_gap((row_kind){ true, false }, a, b, h0, h1)
+                 : heads_gap((row_kind){ false, false }, a, b, h0, h1);
 }
 
 static void attention_gap(const sel_attention *a, float *gap)
@@ -192,7 +254,7 @@ static void attention_gap(const sel_attention *a, float *gap)
     #pragma omp parallel for num_threads(a->threads) schedule(static)
     for (int64_t s = 0; s < a->B * parts; s++) {
         const int64_t b = s / parts, h0 = s % parts * each, h1 = h0 + each < a->heads ? h0 + each : a->heads;
-        const float here = heads_gap(a, b, h0, h1);
+        const float here = gap_of(a, b, h0, h1);
         #pragma omp critical(attention_gap)
         gap[b] = larger(gap[b], here);   /* the largest: the same in any order */
     }
@@ -206,11 +268,11 @@ void SEL_FN(sel_attention_find_dead)(const sel_attention *a, int64_t b, int thre
     if (!a->dead_after || a->dead_margin <= 0.0) return;
     one.B = 1;
     one.threads = threads;
-    one.q += b * a->q_seq;
-    one.k += b * a->k_seq;
+    one.q = sel_attention_at(a, a->q, b * a->q_seq);
+    one.k = sel_attention_at(a, a->k, b * a->k_seq);
     if (a->sel_q) {
-        one.sel_q += b * a->sel_q_seq;
-        one.sel_k += b * a->sel_k_seq;
+        one.sel_q = sel_attention_at(a, a->sel_q, b * a->sel_q_seq);
+        one.sel_k = sel_attention_at(a, a->sel_k, b * a->sel_k_seq);
     }
     attention_gap(&one, &gap);
     gap += (float)a->dead_margin;

@@ -20,7 +20,7 @@ typedef struct {
     int64_t columns;              /* column tiles: ceil(i1 / TILE) */
     int64_t group, groups;        /* row tiles a saved carry stands for; how many carries */
     int64_t dhp;                  /* dh rounded up to LANES */
-    bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be rounded */
+    bool copied;                  /* backward copies rows of q, k, v and dout: dh != dhp, or they are to be widened */
     int64_t thread0, thread_size; /* scratch of thread t at thread0 + t * thread_size */
     /* forward, in a thread's scratch */
     int64_t qt, ot, ml, f, tile, carry, began, rowsum, krows, vrows, sel_qt;
@@ -87,7 +87,7 @@ static inline bool attention_bilinear(const sel_attention *a) { return a->select
 
 /* What S is made of: the rows that begin with the call's first and all keys, of the first sequence; dh values a row. */
 typedef struct {
-    const float *q, *k;
+    const void *q, *k;
     int64_t q_seq, q_row, k_seq, k_row;
 } selection_source;
 

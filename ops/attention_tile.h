@@ -6,8 +6,8 @@
  * and values are read as they lie (broadcast), and every product has one form:
  *     C[m][n] (+)= sum over k of A[m,k] B[k][n]        n in the lanes.
  *
- * bfloat16 operands are float32 values rounded to it, beforehand: a product of two is exact in float32.  This is the
- * definition of the processors' own bfloat16 products, not a fast way to them.
+ * bfloat16 operands are widened to float32 beforehand, P and dZ rounded to values of it: a product of two is exact in
+ * float32.  This is the definition of the processors' own bfloat16 products, not a fast way to them.
  */
 #ifndef SEL_OPS_ATTENTION_TILE_H
 #define SEL_OPS_ATTENTION_TILE_H
@@ -202,15 +202,35 @@ static inline void round_values(float *x, int64_t n)
     if (i < n) vstore_n(x + i, vround_bf16(vload_n(x + i, n - i)), n - i);
 }
 
-/* n values of a row, then zeros up to `padded`. */
-static inline void copy_padded(float *to, const float *from, int64_t n, int64_t padded, bool bfloat16)
+/* Value i of an operand array. */
+INLINE float operand(bool bfloat16, const void *x, int64_t i)
 {
-    for (int64_t d = 0; d < n; d++) to[d] = from[d];
-    for (int64_t d = n; d < padded; d++) to[d] = 0.0f;
-    if (bfloat16) round_values(to, n);
+    if (!bfloat16) return ((const float *)x)[i];
+    const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
 }
 
-/* What q^T is multiplied by: the logits' 1 / sqrt(dh), unless that would change how q is rounded to bfloat16. */
+/* Makes it y, which its type holds exactly. */
+INLINE void set_operand(bool bfloat16, void *x, int64_t i, float y)
+{
+    uint32_t bits;
+    memcpy(&bits, &y, sizeof bits);
+    if (bfloat16) ((uint16_t *)x)[i] = (uint16_t)(bits >> 16);
+    else ((float *)x)[i] = y;
+}
+
+/* n values of a row of operands, as float32, then zeros up to `padded`. */
+static inline void copy_padded(float *to, const void *from, int64_t n, int64_t padded, bool bfloat16)
+{
+    int64_t d = 0;
+    for (; d + VL <= n; d += VL) vstore(to + d, vload_as(bfloat16, from, d, VL));
+    for (; d < n; d++) to[d] = operand(bfloat16, from, d);
+    for (; d < padded; d++) to[d] = 0.0f;
+}
+
+/* What q^T is multiplied by: the logits' 1 / sqrt(dh), unless that would make values that bfloat16 does not hold. */
 static inline float query_scale(const sel_attention *a)
 {
     return a->bfloat16 ? 1.0f : (float)(1.0 / sqrt((double)a->dh));
@@ -226,14 +246,13 @@ static inline void logits_tile(const sel_attention *a, const tile_place *t, cons
         for (int v = 0; v < t->lanes; v += VL) vstore(X + j * TILE + v, vload(X + j * TILE + v) * scale);
 }
 
-/* X[d][i] = scale * rows[i][d]: `rows` rows, n values each, lanes beyond them zero. */
-static inline void transpose_rows(float *X, const float *x, int64_t stride, int rows, int64_t n, float scale,
+/* X[d][i] = scale * x[i][d]: `rows` rows of operands, n values each, lanes beyond them zero. */
+static inline void transpose_rows(float *X, const void *x, int64_t stride, int rows, int64_t n, float scale,
                                   bool bfloat16)
 {
     for (int64_t d = 0; d < n; d++) {
-        for (int i = 0; i < rows; i++) X[d * TILE + i] = scale * x[i * stride + d];
+        for (int i = 0; i < rows; i++) X[d * TILE + i] = scale * operand(bfloat16, x, i * stride + d);
         for (int i = rows; i < TILE; i++) X[d * TILE + i] = 0.0f;
-        if (bfloat16) round_values(X + d * TILE, rows);
     }
 }
 

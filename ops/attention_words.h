@@ -8,8 +8,8 @@
  * in blocks of 8 x 32 results.  What the portable kernel does in passes happens here on results that are still in
  * registers: a block of logits starts at -F - m instead of 0 and is exponentiated before it is stored.
  *
- * Units: logits, S, F and carries are raw here, q . k without 1 / sqrt(dh), so that bfloat16 operands are the inputs'
- * own roundings; exp(L - F - m) is exp2(c x - m) with c = log2(e) / sqrt(dh): one multiply-add.  m and lse are in units
+ * Units: logits, S, F and carries are raw here, q . k without 1 / sqrt(dh), so that bfloat16 operands are the inputs
+ * themselves; exp(L - F - m) is exp2(c x - m) with c = log2(e) / sqrt(dh): one multiply-add.  m and lse are in units
  * of log2.  What crosses the interface is natural.
  *
  * The row maximum is lazy: m is the largest of a row's first 8 logits (column 0, whose F is 0, among them) and stays
@@ -41,6 +41,15 @@ enum {
 };
 
 typedef uint32_t word;
+
+/* What the caller's arrays of operands hold. */
+#if WORD_BF16
+typedef uint16_t operand;
+#else
+typedef float operand;
+#endif
+
+INLINE const operand *operands(const void *x) { return x; }
 
 INLINE __m512 dot(__m512 acc, __m512i a, __m512i b)
 {
@@ -157,37 +166,25 @@ INLINE void transpose_registers(__m512i a[16])
     }
 }
 
-/* Row r of src (src_row words apart, `rows` of them, the rest zero) to column r of dst. */
-INLINE void transpose_16(word *dst, int64_t dst_row, const word *src, int64_t src_row, int rows)
-{
-    __m512i a[16];
-    for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_loadu_si512(src + r * src_row) : _mm512_setzero_si512();
-    transpose_registers(a);
-    for (int r = 0; r < 16; r++) _mm512_storeu_si512(dst + r * dst_row, a[r]);
-}
+INLINE __m256i load_half(const void *x) { return _mm256_loadu_si256((const __m256i *)x); }
 
-/* 16 words of x; bfloat16: of 32 values, or of 16 and zeros where there is no more. */
-INLINE __m512i words_16(const float *x, bool half)
+/* 16 words of x, or 8 and zeros where there is no more. */
+INLINE __m512i words_16(const operand *x, bool half)
 {
-#if WORD_BF16
-    return (__m512i)_mm512_cvtne2ps_pbh(half ? _mm512_setzero_ps() : _mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
-#else
-    (void)half;
-    return _mm512_loadu_si512(x);
-#endif
+    return half ? _mm512_zextsi256_si512(load_half(x)) : _mm512_loadu_si512(x);
 }
 
 /* n values of x as n / PAIR words (n a multiple of 16). */
-INLINE void row_words(word *w, const float *x, int64_t n)
+INLINE void row_words(word *w, const operand *x, int64_t n)
 {
     int64_t d = 0;
-    for (; d + 16 * PAIR <= n; d += 16 * PAIR) _mm512_storeu_si512(w + d / PAIR, words_16(x + d, false));
-    if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), _mm512_castsi512_si256(words_16(x + d, true)));
+    for (; d + 16 * PAIR <= n; d += 16 * PAIR) _mm512_storeu_si512(w + d / PAIR, _mm512_loadu_si512(x + d));
+    if (d < n) _mm256_storeu_si256((__m256i *)(void *)(w + d / PAIR), load_half(x + d));
 }
 
-/* 16 lanes, from i on, of X [n / PAIR][TILE]: words of `rows` rows of x (x_row floats apart, n values each), rows in
+/* 16 lanes, from i on, of X [n / PAIR][TILE]: words of `rows` rows of x (x_row values apart, n of them each), rows in
    the lanes, zeros in those beyond. */
-INLINE void transpose_lanes(word *X, const float *x, int64_t x_row, int i, int rows, int64_t n)
+INLINE void transpose_lanes(word *X, const operand *x, int64_t x_row, int i, int rows, int64_t n)
 {
     for (int64_t d = 0; d < n; d += 16 * PAIR) {
         const bool half = n - d < 16 * PAIR;
@@ -203,7 +200,7 @@ INLINE void transpose_lanes(word *X, const float *x, int64_t x_row, int i, int r
 }
 
 /* All lanes; of at most 32 rows no more than 32. */
-INLINE void transpose_words(word *X, const float *x, int64_t x_row, int rows, int64_t n)
+INLINE void transpose_words(word *X, const operand *x, int64_t x_row, int rows, int64_t n)
 {
     for (int i = 0; i < (rows > 32 ? TILE : 32); i += 16) transpose_lanes(X, x, x_row, i, rows, n);
 }
@@ -218,28 +215,15 @@ INLINE __m512i weave_halves(__m512i x)
 }
 
 /* Word (r / 2, d) = (x[r][d], x[r + 1][d]): n values (a multiple of 16) of two rows; b may be NULL: zeros. */
-INLINE void pair_rows(word *w, const float *a, const float *b, int64_t n)
+INLINE void pair_rows(word *w, const operand *a, const operand *b, int64_t n)
 {
     for (int64_t d = 0; d < n; d += 16) {
-        const __m512 low = _mm512_loadu_ps(a + d), high = b ? _mm512_loadu_ps(b + d) : _mm512_setzero_ps();
-        _mm512_storeu_si512(w + d, weave_halves((__m512i)_mm512_cvtne2ps_pbh(high, low)));
+        const __m512i low = _mm512_castsi256_si512(load_half(a + d));
+        const __m256i high = b ? load_half(b + d) : _mm256_setzero_si256();
+        _mm512_storeu_si512(w + d, weave_halves(_mm512_inserti64x4(low, high, 1)));
     }
 }
 #endif
-
-/* Lanes of 32 results of a product whose B was woven by unpacklo and unpackhi, back in the order of the queries. */
-INLINE void unweave(__m512 x[2])
-{
-#if WORD_BF16
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
-                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512d a = _mm512_castps_pd(x[0]), b = _mm512_castps_pd(x[1]);
-    x[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
-    x[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
-#else
-    (void)x;
-#endif
-}
 
 /* ---- which queries see which keys ---- */
 

@@ -36,13 +36,13 @@ static carry_job new_carry_job(const sel_attention *a, const sel_attention_grad 
                         .pack = base + p->pack0 + set * p->pack_size };
 }
 
-static const float *selecting_row(const carry_job *w, int64_t row)
+static const operand *selecting_row(const carry_job *w, int64_t row)
 {
-    return w->from.q + w->b * w->from.q_seq + row * w->from.q_row;
+    return operands(w->from.q) + w->b * w->from.q_seq + row * w->from.q_row;
 }
-static const float *selecting_key(const carry_job *w, int64_t j)
+static const operand *selecting_key(const carry_job *w, int64_t j)
 {
-    return w->from.k + w->b * w->from.k_seq + j * w->from.k_row;
+    return operands(w->from.k) + w->b * w->from.k_seq + j * w->from.k_row;
 }
 
 /* Q^T of row tile I, [dh / PAIR][TILE] */

@@ -12,13 +12,15 @@
 
 /* ---- one tile of one head: knows its operands, not where in a sequence they lie ---- */
 
-/* Memory that comes next, fetched into cache a few lines at a time while products run. */
+/* Memory that comes next, fetched into cache a few lines at a time while products run: CHUNK bytes of one row, or half
+   as many of each of two. */
 enum { CHUNK = 256, RANGES = 96 };
 
 typedef struct {
     struct {
         const char *at;
-        int64_t stride;      /* bytes between chunks of CHUNK bytes */
+        int64_t half;        /* bytes from the first half of a chunk to the second */
+        int64_t stride;      /* and to the next chunk */
         int64_t chunks;
     } list[RANGES];          /* the last one goes first */
     int n;
@@ -27,8 +29,9 @@ typedef struct {
 INLINE void fetch_some(fetch_queue *q)
 {
     if (!q->n) return;
-    const char *const at = q->list[q->n - 1].at;
-    for (int line = 0; line < CHUNK; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+    const char *const at = q->list[q->n - 1].at, *const half = at + q->list[q->n - 1].half;
+    for (int line = 0; line < CHUNK / 2; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
+    for (int line = 0; line < CHUNK / 2; line += 64) _mm_prefetch(half + line, _MM_HINT_T0);
     q->list[q->n - 1].at += q->list[q->n - 1].stride;
     if (--q->list[q->n - 1].chunks == 0) q->n--;
 }
@@ -36,11 +39,19 @@ INLINE void fetch_some(fetch_queue *q)
 /* Asks for `rows` rows of `width` bytes, before all that was asked for earlier.  What has no room is not fetched. */
 static void fetch_rows(fetch_queue *q, const void *at, int64_t stride, int64_t rows, int64_t width)
 {
+    const bool narrow = width <= CHUNK / 2;
     for (int64_t x = 0; rows > 0 && x < width && q->n < RANGES; x += CHUNK, q->n++) {
         q->list[q->n].at = (const char *)at + x;
-        q->list[q->n].stride = stride;
-        q->list[q->n].chunks = rows;
+        q->list[q->n].half = narrow ? stride : CHUNK / 2;
+        q->list[q->n].stride = narrow ? 2 * stride : stride;
+        q->list[q->n].chunks = narrow ? (rows + 1) / 2 : rows;
     }
+}
+
+/* The same of `rows` rows of n operands, so many values apart. */
+static void fetch_operands(fetch_queue *q, const operand *at, int64_t row, int64_t rows, int64_t n)
+{
+    fetch_rows(q, at, row * (int64_t)sizeof *at, rows, n * (int64_t)sizeof *at);
 }
 
 /* Rows of one head: Q^T [dh / PAIR][TILE], O^T [dh][TILE], m and l [TILE]. */
@@ -307,19 +318,25 @@ typedef struct {
     bool around;              /* out goes around the caches */
 } forward_job;
 
-/* Dead keys: whether results whose rows begin at x, so many floats apart, are to go around the caches, which do not
-   keep all of them until they are read: a line that is stored in part would be read first. */
-static bool goes_around(const sel_attention *a, const float *x, int64_t seq, int64_t row)
+/* Whether results whose rows begin at x, strides in values of so many bytes, are to go around the caches,
+   which do not keep all of them until they are read: a line that is stored in part would be read first. */
+static bool goes_around(const sel_attention *a, const void *x, int64_t seq, int64_t row, int64_t bytes)
 {
     enum { KEPT = 1 << 22, LINE = 64 };   /* bytes */
-    return a->B * (a->i1 - a->i0) * a->heads * a->dh * 4 >= KEPT && (uintptr_t)x % LINE == 0 &&
-           seq * 4 % LINE == 0 && row * 4 % LINE == 0;
+    return a->B * (a->i1 - a->i0) * a->heads * a->dh * bytes >= KEPT && (uintptr_t)x % LINE == 0 &&
+           seq * bytes % LINE == 0 && row * bytes % LINE == 0 && a->dh * bytes % LINE == 0;
 }
 
 INLINE void store_result(float *at, __m512 x, bool around)
 {
     if (around) _mm512_stream_ps(at, x);
     else _mm512_storeu_ps(at, x);
+}
+
+/* What goes around the caches is there for other threads. */
+static void end_results(bool around)
+{
+    if (around) _mm_sfence();
 }
 
 /* bfloat16 packs all keys and values, tile by tile for each kv-head, float32 the last, incomplete tile only. */
@@ -338,8 +355,8 @@ static key_tile keys_of(const forward_job *w, int64_t kh, int64_t J)
     if (in_pack(w, J))
         return (key_tile){ .k = (const word *)(w->pack + w->p->k) + at, .k_row = a->dh / PAIR,
                            .v = (const word *)(w->pack + w->p->v) + at, .v_row = a->dh };
-    return (key_tile){ .k = (const word *)(a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh),
-                       .v = (const word *)(a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh),
+    return (key_tile){ .k = (const word *)(operands(a->k) + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh),
+                       .v = (const word *)(operands(a->v) + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh),
                        .k_row = a->k_row, .v_row = a->v_row };
 }
 
@@ -351,7 +368,7 @@ static key_tile selecting_keys(const forward_job *w, int64_t J)
     if (in_pack(w, J))
         return (key_tile){ .k = (const word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? J : 0) * TILE * a->dh / PAIR,
                            .k_row = a->dh / PAIR };
-    return (key_tile){ .k = (const word *)(a->sel_k + w->b * a->sel_k_seq + J * TILE * a->sel_k_row),
+    return (key_tile){ .k = (const word *)(operands(a->sel_k) + w->b * a->sel_k_seq + J * TILE * a->sel_k_row),
                        .k_row = a->sel_k_row };
 }
 
@@ -363,7 +380,7 @@ static void pack_selecting(const forward_job *w, int64_t J)
     word *const K = (word *)(w->pack + w->p->sel_k) + (WORD_BF16 ? J : 0) * TILE * n;
     for (int64_t j = 0; j < TILE; j++)
         if (J * TILE + j < a->i1)
-            row_words(K + j * n, a->sel_k + w->b * a->sel_k_seq + (J * TILE + j) * a->sel_k_row, a->dh);
+            row_words(K + j * n, operands(a->sel_k) + w->b * a->sel_k_seq + (J * TILE + j) * a->sel_k_row, a->dh);
         else memset(K + j * n, 0, (size_t)n * sizeof *K);
 }
 
@@ -373,7 +390,8 @@ static void pack_keys(const forward_job *w, int64_t kh0, int64_t kh1, int64_t J)
 {
     const sel_attention *a = w->a;
     const int64_t n = a->dh, j0 = J * TILE;
-    const float *const k = a->k + w->b * a->k_seq + j0 * a->k_row, *const v = a->v + w->b * a->v_seq + j0 * a->v_row;
+    const operand *const k = operands(a->k) + w->b * a->k_seq + j0 * a->k_row;
+    const operand *const v = operands(a->v) + w->b * a->v_seq + j0 * a->v_row;
     const int cols = (int)(a->i1 - j0 < TILE ? a->i1 - j0 : TILE);
 
     if (!in_pack(w, J)) return;
@@ -435,13 +453,13 @@ static word *qt_of(const forward_job *w, int64_t h)
     return (word *)(w->scratch + w->p->qt) + (w->p->slots > 1 ? h : h % 2) * w->a->dh * TILE / PAIR;
 }
 
-static const float *q_of(const forward_job *w, const row_tile *t, int64_t h)
+static const operand *q_of(const forward_job *w, const row_tile *t, int64_t h)
 {
-    return w->a->q + w->b * w->a->q_seq + (t->row0 - w->a->i0) * w->a->q_row + h * w->a->dh;
+    return operands(w->a->q) + w->b * w->a->q_seq + (t->row0 - w->a->i0) * w->a->q_row + h * w->a->dh;
 }
-static float *out_of(const forward_job *w, const row_tile *t, int64_t h)
+static operand *out_of(const forward_job *w, const row_tile *t, int64_t h)
 {
-    return w->a->out + w->b * w->a->out_seq + (t->row0 - w->a->i0) * w->a->out_row + h * w->a->dh;
+    return (operand *)w->a->out + w->b * w->a->out_seq + (t->row0 - w->a->i0) * w->a->out_row + h * w->a->dh;
 }
 
 /* Q^T of the rows that S is made of: head 0's, or sel_q. */
@@ -449,29 +467,29 @@ static void transpose_selecting(const forward_job *w, const row_tile *t, word *Q
 {
     const sel_attention *a = w->a;
     if (attention_bilinear(a))
-        transpose_words(Qt, a->sel_q + w->b * a->sel_q_seq + (t->row0 - a->i0) * a->sel_q_row, a->sel_q_row, t->rows,
-                        a->dh);
+        transpose_words(Qt, operands(a->sel_q) + w->b * a->sel_q_seq + (t->row0 - a->i0) * a->sel_q_row, a->sel_q_row,
+                        t->rows, a->dh);
     else transpose_words(Qt, q_of(w, t, 0), a->q_row, t->rows, a->dh);
 }
 
 static void fetch_keys(forward_job *w, const row_tile *t, int64_t h, int64_t n)
 {
     const sel_attention *a = w->a;
-    const int64_t J = visited(w, t, n), kh = h * a->kv_heads / a->heads, bytes = a->dh * 4;
+    const int64_t J = visited(w, t, n), kh = h * a->kv_heads / a->heads, bytes = a->dh * (int64_t)sizeof(operand);
     fetch_queue *const q = &w->room.next;
     if (WORD_BF16 && J < t->fresh) {
         const key_tile keys = keys_of(w, kh, J);
-        fetch_rows(q, keys.v, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
-        fetch_rows(q, keys.k, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+        fetch_rows(q, keys.v, CHUNK, TILE * bytes / CHUNK, CHUNK);
+        fetch_rows(q, keys.k, CHUNK, TILE * bytes / CHUNK, CHUNK);
     } else {
         const int64_t rows = a->i1 - J * TILE < TILE ? a->i1 - J * TILE : TILE;
         if (WORD_BF16) {   /* and where they will be packed */
             const key_tile to = keys_of(w, kh, J);
-            fetch_rows(q, to.v, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
-            fetch_rows(q, to.k, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
+            fetch_rows(q, to.v, CHUNK, TILE * bytes / CHUNK, CHUNK);
+            fetch_rows(q, to.k, CHUNK, TILE * bytes / CHUNK, CHUNK);
         }
-        fetch_rows(q, a->v + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh, a->v_row * 4, rows, bytes);
-        fetch_rows(q, a->k + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh, a->k_row * 4, rows, bytes);
+        fetch_operands(q, operands(a->v) + w->b * a->v_seq + J * TILE * a->v_row + kh * a->dh, a->v_row, rows, a->dh);
+        fetch_operands(q, operands(a->k) + w->b * a->k_seq + J * TILE * a->k_row + kh * a->dh, a->k_row, rows, a->dh);
     }
 }
 
@@ -491,7 +509,7 @@ static void fetch_next(forward_job *w, const row_tile *t, int64_t h, int64_t n, 
     if (n == n0 && more) {
         const head_rows r = rows_of(w, next_h);
         if (next_n == 0) {
-            fetch_rows(q, q_of(w, &after, next_h), a->q_row * 4, after.rows, bytes);
+            fetch_operands(q, q_of(w, &after, next_h), a->q_row, after.rows, a->dh);
         } else {
             fetch_rows(q, r.o, CHUNK, TILE * bytes / CHUNK, CHUNK);
             fetch_rows(q, r.q, CHUNK, TILE * bytes / PAIR / CHUNK, CHUNK);
@@ -517,15 +535,43 @@ INLINE __m512 log2_ps(__m512 x, __m512 *e)
     return _mm512_mul_ps(p, s);
 }
 
+/* 16 words of 16 queries, a vector each, of the columns from o on of O^T, times `scale`; half: 8, and zeros. */
+INLINE void output_words(__m512i x[16], const float *o, __m512 scale, bool half)
+{
+    #pragma GCC unroll 16
+    for (int k = 0; k < 16; k++) {
+        const float *const at = o + k * PAIR * TILE;
+        if (WORD_BF16 && half && k >= 8) {
+            x[k] = _mm512_setzero_si512();
+            continue;
+        }
+        const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(at), scale);
+#if WORD_BF16
+        const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(at + TILE), scale);
+        x[k] = weave_halves((__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+        x[k] = _mm512_castps_si512(low);
+#endif
+    }
+}
+
+INLINE void store_words(operand *to, __m512i x, bool half, bool around)
+{
+    if (half) _mm256_storeu_si256((__m256i *)(void *)to, _mm512_castsi512_si256(x));
+    else if (around) _mm512_stream_si512((void *)to, x);
+    else _mm512_storeu_si512(to, x);
+}
+
 /* out and lse of one head of a row tile.  Without dead keys whole tiles always go around the caches: rows that have to
    be read first, and then wait for a place among operands, cost more than the products of a quarter tile. */
 static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
 {
     const sel_attention *a = w->a;
     const head_rows r = rows_of(w, h);
-    float *const out = out_of(w, t, h), *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
+    operand *const out = out_of(w, t, h);
+    float *const lse = a->lse + (w->b * a->heads + h) * w->p->rows + t->row0 - a->i0;
     const bool around = w->around || (!a->dead_after && t->rows == TILE &&
-                                      ((uintptr_t)out | (uintptr_t)(a->out_row * 4)) % 64 == 0);
+                                      ((uintptr_t)out | (uintptr_t)a->out_row * sizeof *out) % 64 == 0);
 
     for (int i0 = 0; i0 < t->rows; i0 += V16) {
         const int n = t->rows - i0 < V16 ? t->rows - i0 : V16;
@@ -542,24 +588,23 @@ static void finish_rows(const forward_job *w, const row_tile *t, int64_t h)
             const __mmask8 real = (__mmask8)(count >= 8 ? 0xff : count <= 0 ? 0 : 0xff >> (8 - count));
             _mm256_mask_storeu_ps(lse + i0 + 8 * half, real, _mm512_cvtpd_ps(_mm512_mul_pd(sum, _mm512_set1_pd(LN2))));
         }
-        for (int64_t d = 0; d < a->dh; d += V16) {
+        for (int64_t d = 0; d < a->dh; d += V16 * PAIR) {
+            const bool half = a->dh - d < V16 * PAIR;
+            operand *const to = out + i0 * a->out_row + d;
             __m512i x[16];
-            #pragma GCC unroll 16
-            for (int k = 0; k < 16; k++)
-                x[k] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(r.o + (d + k) * TILE + i0), inverse));
+            output_words(x, r.o + d * TILE + i0, inverse, half);
             transpose_registers(x);
-            float *const to = out + i0 * a->out_row + d;
-            if (around && n == V16) {
+            if (around && n == V16 && !half) {
                 #pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), true);
+                for (int i = 0; i < 16; i++) _mm512_stream_si512((void *)(to + i * a->out_row), x[i]);
             } else {
                 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++)
-                    if (i < n) store_result(to + i * a->out_row, _mm512_castsi512_ps(x[i]), around);
+                    if (i < n) store_words(to + i * a->out_row, x[i], half, around);
             }
         }
     }
-    if (around && !a->dead_after && h == a->heads - 1) _mm_sfence();   /* before another thread reads them */
+    if (!a->dead_after && h == a->heads - 1) end_results(t->rows == TILE);   /* some heads lie on lines, maybe not this */
 }
 
 /* Logits of a tile, plain, [j][TILE], where they are seen. */

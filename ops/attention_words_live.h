@@ -38,17 +38,17 @@ static row_tile live_row_tile(const forward_job *w, int64_t I)
 static void fetch_live(forward_job *w, const row_tile *t, const row_tile *next, int64_t h, bool new_keys)
 {
     const sel_attention *a = w->a;
-    const int64_t width = a->dh * 4, kh = h * a->kv_heads / a->heads;
+    const int64_t kh = h * a->kv_heads / a->heads, dh = a->dh;
     fetch_queue *const q = &w->room.next;
 
     q->n = 0;
     if (new_keys && next->rows && h % (a->heads / a->kv_heads) == 0) {
-        fetch_rows(q, a->v + w->b * a->v_seq + next->row0 * a->v_row + kh * a->dh, a->v_row * 4, next->rows, width);
-        fetch_rows(q, a->k + w->b * a->k_seq + next->row0 * a->k_row + kh * a->dh, a->k_row * 4, next->rows, width);
+        fetch_operands(q, operands(a->v) + w->b * a->v_seq + next->row0 * a->v_row + kh * dh, a->v_row, next->rows, dh);
+        fetch_operands(q, operands(a->k) + w->b * a->k_seq + next->row0 * a->k_row + kh * dh, a->k_row, next->rows, dh);
     }
-    if (!w->around) fetch_rows(q, out_of(w, t, h), a->out_row * 4, t->rows, width);
-    if (h + 1 < a->heads) fetch_rows(q, q_of(w, t, h + 1), a->q_row * 4, t->rows, width);
-    else if (next->rows) fetch_rows(q, q_of(w, next, 0), a->q_row * 4, next->rows, width);
+    if (!w->around) fetch_operands(q, out_of(w, t, h), a->out_row, t->rows, dh);
+    if (h + 1 < a->heads) fetch_operands(q, q_of(w, t, h + 1), a->q_row, t->rows, dh);
+    else if (next->rows) fetch_operands(q, q_of(w, next, 0), a->q_row, next->rows, dh);
 }
 
 /* One row tile of the list's group, all heads; carry [i1] of the listed keys moves on past its rows. */
@@ -115,12 +115,6 @@ static void forward_group_live(forward_job *w, int64_t group, live_places *l, co
         forward_tile_live(w, I, l, live, carry);
 }
 
-/* What goes around the caches is there for other threads. */
-static void end_results(bool around)
-{
-    if (around) _mm_sfence();
-}
-
 static void forward_sequence_live(forward_job *w)
 {
     const sel_attention *a = w->a;
@@ -129,7 +123,7 @@ static void forward_sequence_live(forward_job *w)
     live_places places = new_places(a, p, w->b, w->scratch, false);
     live_list list;
 
-    w->around = goes_around(a, a->out, a->out_seq, a->out_row);
+    w->around = goes_around(a, a->out, a->out_seq, a->out_row, sizeof(operand));
     start_carry(w, carry, 0, a->i1);
     for (int64_t g = 0; g < p->groups; g++) {
         if (a->saved) memcpy(group_carry(w, g), carry, (size_t)a->i1 * sizeof *carry);
@@ -151,11 +145,11 @@ static void carry_column_live(const forward_job *w, int64_t J)
     const float limit = dead_limit(a, w->b);
     float *const carry = w->scratch + p->carry, *const raw = w->scratch + p->raw, *const F = w->scratch + p->f;
     word *const Qt = (word *)(w->scratch + p->qt), *const k = (word *)(w->scratch + p->live_k);
-    const float *const selecting = attention_bilinear(a) ? a->sel_k + w->b * a->sel_k_seq : a->k + w->b * a->k_seq;
-    const int64_t row = attention_bilinear(a) ? a->sel_k_row : a->k_row;
+    const selection_source from = attention_selection(a);
+    const operand *const selecting = operands(from.k) + w->b * from.k_seq;
     const key_tile o = { .k = k, .k_row = kw };
 
-    for (int64_t j = j0; j < j1; j++) row_words(k + (j - j0) * kw, selecting + j * row, a->dh);
+    for (int64_t j = j0; j < j1; j++) row_words(k + (j - j0) * kw, selecting + j * from.k_row, a->dh);
     memset(k + (j1 - j0) * kw, 0, (size_t)((TILE - (j1 - j0)) * kw) * sizeof *k);
     start_carry(w, carry, j0, j1);
     for (int64_t I = 0; I <= (p->groups - 1) * p->group; I++) {
@@ -191,7 +185,7 @@ static void forward_shared_live(const sel_attention *a, const words_plan *p, int
         float *const carry = w.scratch + p->carry;
         live_list lists[MOST_CARRIES];
 
-        w.around = goes_around(a, a->out, a->out_seq, a->out_row);
+        w.around = goes_around(a, a->out, a->out_seq, a->out_row, sizeof(operand));
         #pragma omp for schedule(dynamic, 1)
         for (int64_t J = 0; J < p->columns; J++) carry_column_live(&w, J);
         live_places places = new_places(a, p, b, w.scratch, false);
@@ -389,13 +383,13 @@ static void fetch_live_gradients(backward_job *w, int64_t h, int64_t I)
 static void fetch_live_rows(backward_job *w, int64_t h, int64_t I)
 {
     const sel_attention *a = w->a;
-    const int64_t height = w->p->height, real = least(w->p->rows - I * height, height), width = a->dh * 4;
+    const int64_t height = w->p->height, real = least(w->p->rows - I * height, height);
     fetch_queue *const q = &w->room.next;
 
     fetch_block(q, a->lse + (w->b * a->heads + h) * w->p->rows + I * height, real * 4 < CHUNK ? CHUNK : real * 4);
-    fetch_rows(q, a->out + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
-    fetch_rows(q, w->g->dout + row_place(w, a->out_seq, a->out_row, h, I), a->out_row * 4, real, width);
-    fetch_rows(q, a->q + row_place(w, a->q_seq, a->q_row, h, I), a->q_row * 4, real, width);
+    fetch_operands(q, operands(a->out) + row_place(w, a->out_seq, a->out_row, h, I), a->out_row, real, a->dh);
+    fetch_operands(q, operands(w->g->dout) + row_place(w, a->out_seq, a->out_row, h, I), a->out_row, real, a->dh);
+    fetch_operands(q, operands(a->q) + row_place(w, a->q_seq, a->q_row, h, I), a->q_row, real, a->dh);
 }
 
 /* Asks for what head h needs of the keys of those tiles: where more places are in use than a cache holds. */
@@ -428,11 +422,11 @@ static int64_t find_coming(const live_places *l, const live_list *before, int32_
 static void fetch_coming(backward_job *w, const int32_t *coming, int64_t i0, int64_t i1)
 {
     const sel_attention *a = w->a;
-    const int64_t bytes = a->kv_heads * a->dh * 4;
+    const int64_t n = a->kv_heads * a->dh;
 
     for (int64_t i = i0; i < i1; i++) {
-        fetch_block(&w->room.next, a->k + w->b * a->k_seq + coming[i] * a->k_row, bytes);
-        fetch_block(&w->room.next, a->v + w->b * a->v_seq + coming[i] * a->v_row, bytes);
+        fetch_operands(&w->room.next, operands(a->k) + w->b * a->k_seq + coming[i] * a->k_row, 0, 1, n);
+        fetch_operands(&w->room.next, operands(a->v) + w->b * a->v_seq + coming[i] * a->v_row, 0, 1, n);
     }
 }
 
@@ -500,10 +494,7 @@ static void backward_sequence_live(backward_job *w, int thread, int threads)
     live_list lists[MOST_CARRIES];
 
     w->shared = threads > 1;
-    w->around = places.around = goes_around(a, g->dq, g->dq_seq, g->dq_row) &&
-                                goes_around(a, g->dk, g->dk_seq, g->dk_row) &&
-                                goes_around(a, g->dv, g->dv_seq, g->dv_row) &&
-                                (!attention_bilinear(a) || goes_around(a, g->dsel_q, g->dsel_q_seq, g->dsel_q_row));
+    w->around = places.around = gradients_go_around(a, g);
     for (int64_t I = thread; w->shared && I < p->tiles; I += threads)
         for (int64_t h = 0; h < a->heads; h++) pack_rows(w, h, I);
     for (int64_t j = 0; j < a->i1; j++)

@@ -125,7 +125,7 @@ static gradient_keys places_selecting(const live_places *l, int64_t col0)
 
 /* n values (a multiple of 16) of x to place s, or of x and y to places s and s + 1, s even, of an array by pairs; y may
    be NULL. */
-INLINE void put_pair(word *to, int64_t s, const float *x, const float *y, int64_t n)
+INLINE void put_pair(word *to, int64_t s, const operand *x, const operand *y, int64_t n)
 {
 #if WORD_BF16
     word *const w = to + s / 2 * n;
@@ -135,7 +135,7 @@ INLINE void put_pair(word *to, int64_t s, const float *x, const float *y, int64_
     }
     for (int64_t d = 0; d < n; d += 16) {
         const __m512i old = _mm512_loadu_si512(w + d),
-                      one = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + d)));
+                      one = _mm512_cvtepu16_epi32(load_half(x + d));
         _mm512_storeu_si512(w + d, s % 2 ? _mm512_mask_blend_epi16(0xaaaaaaaa, old, _mm512_slli_epi32(one, 16))
                                          : _mm512_mask_blend_epi16(0x55555555, old, one));
     }
@@ -146,7 +146,7 @@ INLINE void put_pair(word *to, int64_t s, const float *x, const float *y, int64_
 }
 
 /* Rows of one head to place s, or s and s + 1: by row, by pairs. */
-INLINE void put_rows(word *rows, word *pairs, int64_t s, const float *x, const float *y, int64_t n)
+INLINE void put_rows(word *rows, word *pairs, int64_t s, const operand *x, const operand *y, int64_t n)
 {
     if (rows) row_words(rows + s * n / PAIR, x, n);
     if (rows && y) row_words(rows + (s + 1) * n / PAIR, y, n);
@@ -159,8 +159,8 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
     const sel_attention *a = l->a;
     const int64_t dh = a->dh;
     const int64_t on = keys[n - 1] - keys[0];
-    const float *const k = a->k + l->b * a->k_seq + keys[0] * a->k_row, *const k1 = k + on * a->k_row;
-    const float *const v = a->v + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + on * a->v_row;
+    const operand *const k = operands(a->k) + l->b * a->k_seq + keys[0] * a->k_row, *const k1 = k + on * a->k_row;
+    const operand *const v = operands(a->v) + l->b * a->v_seq + keys[0] * a->v_row, *const v1 = v + on * a->v_row;
 
     for (int64_t kh = 0; kh < a->kv_heads; kh++) {
         const int64_t at = tile_at(l, kh, s) / PAIR, in = s % TILE, d = kh * dh;
@@ -169,7 +169,7 @@ static void put_keys(live_places *l, int64_t s, const int32_t *keys, int n)
                  dh);
     }
     if (attention_bilinear(a)) {
-        const float *const x = a->sel_k + l->b * a->sel_k_seq;
+        const operand *const x = operands(a->sel_k) + l->b * a->sel_k_seq;
         put_rows(l->sel_k, l->gradients ? l->sel_pairs : NULL, s, x + keys[0] * a->sel_k_row,
                  n == 2 ? x + keys[1] * a->sel_k_row : NULL, dh);
     }

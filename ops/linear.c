@@ -134,12 +134,21 @@ sel_status sel_linear_pack(sel_linear *l, const float *w)
     return rc;
 }
 
-sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row)
+/* Only what multiplies bfloat16 rounds its result to it. */
+static sel_status check_result(const sel_linear *l, sel_dtype dx)
+{
+    if (dx == SEL_FLOAT32 || l->engine->dtype == SEL_BFLOAT16) return SEL_OK;
+    return sel_fail(SEL_EUSER, "linear layer %" PRId64 " x %" PRId64 ": its operands are float32, and so is the "
+                    "gradient of its input", l->out, l->in);
+}
+
+sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row, sel_dtype dx)
 {
     SEL_ASSERT(rows >= 0 && x_row >= l->in && y_row >= l->out);
+    SEL_TRY(check_result(l, dx));
     if (rows == 0) return SEL_OK;
     const int before = threads_set(l->engine->threads);
-    const sel_status rc = l->engine->calls->prepare(l, rows, x_row, y_row);
+    const sel_status rc = l->engine->calls->prepare(l, rows, x_row, y_row, dx);
     threads_set(before);
     return rc;
 }
@@ -154,13 +163,14 @@ sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_
     return rc;
 }
 
-sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
-                                     int64_t dx_row)
+sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, void *dx,
+                                     sel_dtype type, int64_t dx_row)
 {
     SEL_ASSERT(l->w && l->backward && rows >= 0 && dy_row >= l->out && dx_row >= l->in);
+    SEL_TRY(check_result(l, type));
     if (rows == 0) return SEL_OK;
     const int before = threads_set(l->engine->threads);
-    const sel_status rc = calls_of(l, SEL_LINEAR_INPUT)->backward_input(l, rows, dy, dy_row, dx, dx_row);
+    const sel_status rc = calls_of(l, SEL_LINEAR_INPUT)->backward_input(l, rows, dy, dy_row, dx, type, dx_row);
     threads_set(before);
     return rc;
 }
@@ -199,7 +209,8 @@ static sel_status time_product(sel_linear *l, int pass, int64_t rows, const void
     for (int run = -1; run < RUNS && (run < 1 || *best < 1.3 * limit); run++) {   /* run -1 makes the primitive */
         const double begin = sel_now();
         if (pass == SEL_LINEAR_FORWARD) SEL_TRY(sel_linear_forward(l, rows, x, l->in, to, l->out));
-        else if (pass == SEL_LINEAR_INPUT) SEL_TRY(sel_linear_backward_input(l, rows, dy, l->out, to, l->in));
+        else if (pass == SEL_LINEAR_INPUT)
+            SEL_TRY(sel_linear_backward_input(l, rows, dy, l->out, to, SEL_FLOAT32, l->in));
         else SEL_TRY(sel_linear_backward_weight(l, rows, dy, l->out, x, l->in, to, true));
         const double seconds = sel_now() - begin;
         if (run >= 0 && seconds < *best) *best = seconds;

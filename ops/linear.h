@@ -18,8 +18,8 @@ typedef struct sel_linear sel_linear;                 /* one matrix */
 
 typedef enum { SEL_LINEAR_ONEDNN, SEL_LINEAR_OPENBLAS } sel_linear_backend;
 
-/* The type of the products' operands: x and dy below are arrays of it, W is packed to it.  Results and sums are
-   float32 always. */
+/* The type of the products' operands: x and dy below are arrays of it, W is packed to it.  Sums are float32 always, and
+   so are results, but where dx is asked for as the next product's operand. */
 typedef enum { SEL_FLOAT32, SEL_BFLOAT16 } sel_dtype;
 
 /* Opens the library with that many threads; closed after all its matrices are freed.  SEL_EUSER for a type that the
@@ -58,15 +58,18 @@ void       sel_linear_free(sel_linear **l);
    live, unchanged, until the next pack. */
 sel_status sel_linear_pack(sel_linear *l, const float *w);
 
-/* Makes the primitives of `rows` rows now, so that no step makes them. */
-sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row);
+/* Makes the primitives of `rows` rows now, so that no step makes them; dx: the type that backward_input will be asked
+   for. */
+sel_status sel_linear_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row, sel_dtype dx);
 
 /* y [rows][out] = x [rows][in] W^T */
 sel_status sel_linear_forward(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row);
 
-/* dx [rows][in] = dy [rows][out] W */
-sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
-                                     int64_t dx_row);
+/* dx [rows][in] = dy [rows][out] W, an array of `type`: float32, or, where the engine's operands are too, bfloat16:
+   the float32 sum rounded once, to nearest even (where rows have gaps oneDNN 2.6 is slow).  SEL_EUSER: bfloat16 of a
+   float32 engine. */
+sel_status sel_linear_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, void *dx,
+                                     sel_dtype type, int64_t dx_row);
 
 /* dw [out][in] = dy^T x, or, where add, dw += dy^T x */
 sel_status sel_linear_backward_weight(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,

@@ -18,12 +18,12 @@ typedef struct {
     sel_status (*make)(sel_linear *l);
     void (*drop)(sel_linear *l);           /* also what a failed make left behind */
     sel_status (*pack)(sel_linear *l, const float *w);
-    sel_status (*prepare)(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row);
+    sel_status (*prepare)(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row, sel_dtype dx);
 
-    /* As in linear.h, with rows > 0 and sizes that were checked. */
+    /* As in linear.h, with rows > 0, sizes that were checked, and bfloat16 dx of a bfloat16 engine only. */
     sel_status (*forward)(sel_linear *l, int64_t rows, const void *x, int64_t x_row, float *y, int64_t y_row);
-    sel_status (*backward_input)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
-                                 int64_t dx_row);
+    sel_status (*backward_input)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, void *dx,
+                                 sel_dtype type, int64_t dx_row);
     sel_status (*backward_weight)(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, const void *x,
                                   int64_t x_row, float *dw, bool add);
 } sel_linear_library_calls;

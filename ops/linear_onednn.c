@@ -21,6 +21,7 @@ typedef enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, BACKWARD_WEIGHT_ADD, IN
 /* A product's key.  x_row and y_row: distance of the rows of x (or dx) and of y (or dy). */
 typedef struct {
     kind kind;
+    sel_dtype dx;                   /* of BACKWARD_INPUT's result; all others are float32 */
     int64_t rows, out, in, x_row, y_row;
 } shape;
 
@@ -131,7 +132,7 @@ static desc describe_plain_weights(descs *d, dnnl_data_type_t type, const shape 
     return s->kind == FORWARD ? describe(d, type, s->in, s->out, 1, s->in) : describe(d, type, s->out, s->in, s->in, 1);
 }
 
-/* The operand of `type` and the float32 result. */
+/* The operand of `type` and the result. */
 static void describe_ends(descs *d, const shape *s, dnnl_data_type_t type, desc *src, desc *dst)
 {
     if (s->kind == FORWARD) {
@@ -139,7 +140,7 @@ static void describe_ends(descs *d, const shape *s, dnnl_data_type_t type, desc 
         *dst = describe(d, dnnl_f32, s->rows, s->out, s->y_row, 1);
     } else if (s->kind == BACKWARD_INPUT) {
         *src = describe(d, type, s->rows, s->out, s->y_row, 1);
-        *dst = describe(d, dnnl_f32, s->rows, s->in, s->x_row, 1);
+        *dst = describe(d, operand_type(s->dx), s->rows, s->in, s->x_row, 1);
     } else {
         *src = describe(d, type, s->out, s->rows, 1, s->y_row);   /* dy^T */
         *dst = describe(d, dnnl_f32, s->out, s->in, s->in, 1);
@@ -245,8 +246,8 @@ static sel_status product_make(product *p, onednn *e, const shape *s, const layo
 
 static bool same_shape(const shape *a, const shape *b)
 {
-    return a->kind == b->kind && a->rows == b->rows && a->out == b->out && a->in == b->in && a->x_row == b->x_row &&
-           a->y_row == b->y_row;
+    return a->kind == b->kind && a->dx == b->dx && a->rows == b->rows && a->out == b->out && a->in == b->in &&
+           a->x_row == b->x_row && a->y_row == b->y_row;
 }
 
 /* The engine's product of that shape, made where it is missing. */
@@ -285,7 +286,7 @@ static sel_status point(dnnl_memory_t memory, const void *data, const shape *s)
     return checked(dnnl_memory_set_data_handle(memory, (void *)(uintptr_t)data), "dnnl_memory_set_data_handle", s);
 }
 
-static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memory_t weights_memory, float *dst)
+static sel_status product_run(onednn *e, product *p, const void *src, dnnl_memory_t weights_memory, void *dst)
 {
     SEL_TRY(point(p->src, src, &p->shape));
     SEL_TRY(point(p->dst, dst, &p->shape));
@@ -489,46 +490,48 @@ static sel_status onednn_pack(sel_linear *base, const float *w)
     return SEL_OK;
 }
 
-/* The matrix's product of that kind and shape. */
-static sel_status product_of(product **p, const sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row)
+/* The matrix's product of that kind and shape; dx is float32 but for BACKWARD_INPUT. */
+static sel_status product_of(product **p, const sel_linear *base, kind k, sel_dtype dx, int64_t rows, int64_t x_row,
+                             int64_t y_row)
 {
     const matrix *m = (const matrix *)base;
-    const shape s = { .kind = k, .rows = rows, .out = base->out, .in = base->in, .x_row = x_row, .y_row = y_row };
+    const shape s = { .kind = k, .dx = dx, .rows = rows, .out = base->out, .in = base->in, .x_row = x_row,
+                      .y_row = y_row };
     return product_get(p, (onednn *)base->engine, &s, k >= BACKWARD_WEIGHT ? NULL : m->weights[k].layout);
 }
 
-static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row)
+static sel_status onednn_prepare(sel_linear *base, int64_t rows, int64_t x_row, int64_t y_row, sel_dtype dx)
 {
     const char by = base->by[SEL_LINEAR_WEIGHT];
     product *p;
-    for (int k = FORWARD; k <= BACKWARD_INPUT; k++)
-        if (packs(base, (kind)k)) SEL_TRY(product_of(&p, base, (kind)k, rows, x_row, y_row));
+    if (packs(base, FORWARD)) SEL_TRY(product_of(&p, base, FORWARD, SEL_FLOAT32, rows, x_row, y_row));
+    if (packs(base, BACKWARD_INPUT)) SEL_TRY(product_of(&p, base, BACKWARD_INPUT, dx, rows, x_row, y_row));
     if (!base->backward || by == SEL_BY_BLAS) return SEL_OK;
-    if (by == SEL_BY_INNER) return product_of(&p, base, INNER_WEIGHT, rows, x_row, y_row);
-    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, rows, x_row, y_row));
-    return product_of(&p, base, BACKWARD_WEIGHT_ADD, rows, x_row, y_row);
+    if (by == SEL_BY_INNER) return product_of(&p, base, INNER_WEIGHT, SEL_FLOAT32, rows, x_row, y_row);
+    SEL_TRY(product_of(&p, base, BACKWARD_WEIGHT, SEL_FLOAT32, rows, x_row, y_row));
+    return product_of(&p, base, BACKWARD_WEIGHT_ADD, SEL_FLOAT32, rows, x_row, y_row);
 }
 
 /* dst = src times the matrix in the direction of the kind */
-static sel_status multiply(sel_linear *base, kind k, int64_t rows, int64_t x_row, int64_t y_row, const void *src,
-                           float *dst)
+static sel_status multiply(sel_linear *base, kind k, sel_dtype dx, int64_t rows, int64_t x_row, int64_t y_row,
+                           const void *src, void *dst)
 {
     const weights *w = &((const matrix *)base)->weights[k];
     product *p;
-    SEL_TRY(product_of(&p, base, k, rows, x_row, y_row));
+    SEL_TRY(product_of(&p, base, k, dx, rows, x_row, y_row));
     return product_run((onednn *)base->engine, p, src, p->packed ? w->packed : w->plain, dst);
 }
 
 static sel_status onednn_forward(sel_linear *base, int64_t rows, const void *x, int64_t x_row, float *y,
                                  int64_t y_row)
 {
-    return multiply(base, FORWARD, rows, x_row, y_row, x, y);
+    return multiply(base, FORWARD, SEL_FLOAT32, rows, x_row, y_row, x, y);
 }
 
-static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row, float *dx,
-                                        int64_t dx_row)
+static sel_status onednn_backward_input(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row, void *dx,
+                                        sel_dtype type, int64_t dx_row)
 {
-    return multiply(base, BACKWARD_INPUT, rows, dx_row, dy_row, dy, dx);
+    return multiply(base, BACKWARD_INPUT, type, rows, dx_row, dy_row, dy, dx);
 }
 
 static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const void *dy, int64_t dy_row,
@@ -538,8 +541,8 @@ static sel_status onednn_backward_weight(sel_linear *base, int64_t rows, const v
     const bool inner = base->by[SEL_LINEAR_WEIGHT] == SEL_BY_INNER;
     const int64_t n = base->out * base->in;
     product *p;
-    SEL_TRY(product_of(&p, base, inner ? INNER_WEIGHT : add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, rows, x_row,
-                       dy_row));
+    SEL_TRY(product_of(&p, base, inner ? INNER_WEIGHT : add ? BACKWARD_WEIGHT_ADD : BACKWARD_WEIGHT, SEL_FLOAT32, rows,
+                       x_row, dy_row));
     SEL_TRY(point(p->weights, x, &p->shape));
     if (!inner || !add) return product_run(e, p, dy, p->weights, dw);
     SEL_TRY(product_run(e, p, dy, p->weights, e->sum));

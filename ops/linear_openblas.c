@@ -49,8 +49,9 @@ static sel_status check_sizes(const sel_linear *l, int64_t rows, int64_t x_row, 
                     rows, x_row, y_row, l->out, l->in);
 }
 
-static sel_status blas_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row)
+static sel_status blas_prepare(sel_linear *l, int64_t rows, int64_t x_row, int64_t y_row, sel_dtype dx)
 {
+    (void)dx;
     return check_sizes(l, rows, x_row, y_row);
 }
 
@@ -71,9 +72,10 @@ static sel_status blas_forward(sel_linear *l, int64_t rows, const void *x, int64
     return SEL_OK;
 }
 
-static sel_status blas_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, float *dx,
-                                      int64_t dx_row)
+static sel_status blas_backward_input(sel_linear *l, int64_t rows, const void *dy, int64_t dy_row, void *dx,
+                                      sel_dtype type, int64_t dx_row)
 {
+    (void)type;
     SEL_TRY(check_sizes(l, rows, dx_row, dy_row));
     gemm(l, CblasNoTrans, CblasNoTrans, rows, l->in, l->out, dy, dy_row, l->w, l->in, 0.0f, dx, dx_row);
     return SEL_OK;

@@ -47,10 +47,10 @@ static inline float forward_one(bool bfloat16, void *y, const float *x, const fl
     return r;
 }
 
-/* Row `row` of an array of rows of D that is bfloat16 or float32. */
-static inline void *row_of(bool bfloat16, void *y, int64_t row, int64_t D)
+/* Element `at` of an array that is bfloat16 or float32. */
+static inline void *element(bool bfloat16, void *y, int64_t at)
 {
-    return bfloat16 ? (void *)((uint16_t *)y + row * D) : (void *)((float *)y + row * D);
+    return bfloat16 ? (void *)((uint16_t *)y + at) : (void *)((float *)y + at);
 }
 
 /* One vector, or its first n lanes, at d of a row: dx = gradient (+ residual); dw += its part.  dx may be dy or the
@@ -120,7 +120,7 @@ static inline void residual_norm_rows(bool bfloat16, void *y, float *rstd, float
         int64_t d = 0;
         for (; d + VL <= D; d += VL) vstore(to + d, vload(a + d) + vload(b + d));
         for (; d < D; d++) to[d] = a[d] + b[d];
-        const float r = forward_one(bfloat16, row_of(bfloat16, y, row, D), to, w, D);
+        const float r = forward_one(bfloat16, element(bfloat16, y, row * D), to, w, D);
         if (rstd) rstd[row] = r;
     }
 }
@@ -132,32 +132,53 @@ static void residual_norm(void *y, bool bfloat16, float *rstd, float *sum, const
     else residual_norm_rows(false, y, rstd, sum, x, branch, w, rows, D, threads);
 }
 
-static void headnorm_forward(float *restrict y, int64_t y_row, float *restrict rstd, const float *restrict x,
-                             int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh,
-                             int threads)
+/* Asks for n floats of the next row: the processor does not look so far ahead by itself. */
+static inline void ask_for(const float *x, int64_t n)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < heads; h++) {
-            const float r = forward_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, dh);
-            if (rstd) rstd[row * heads + h] = r;
-        }
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
 
-static void headnorm_again(float *restrict y, int64_t y_row, const float *restrict rstd, const float *restrict x,
-                           int64_t x_row, const float *restrict w, int64_t rows, int64_t heads, int64_t dh, int threads)
+/* Heads of a row to y from rstd, which forward makes of all of them first: many roots and quotients are under way at
+   once. */
+static inline void norm_heads(bool bfloat16, bool again, void *y, float *rstd, const float *x, const float *w,
+                              int64_t heads, int64_t dh)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < heads; h++)
-            scale_one(false, y + row * y_row + h * dh, x + row * x_row + h * dh, w, rstd[row * heads + h], dh);
+    for (int64_t h = 0; !again && h < heads; h++) rstd[h] = inverse_rms(x + h * dh, dh);
+    for (int64_t h = 0; h < heads; h++) scale_one(bfloat16, element(bfloat16, y, h * dh), x + h * dh, w, rstd[h], dh);
 }
 
-/* dw += the threads' partial sums, in order: the same bits for equal threads. */
-static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int threads)
+static inline void qk_norm_row(bool bfloat16, bool again, void *y, const sel_qkv_rows *r, int64_t row)
+{
+    const int64_t k = r->heads * r->dh, rest = k + r->kv_heads * r->dh;
+    const float *const x = r->x + row * r->x_row;
+    if (row + 1 < r->rows) ask_for(x + r->x_row, bfloat16 ? rest + r->rest : rest);
+    norm_heads(bfloat16, again, y, r->rstd_q + row * r->heads, x, r->w_q, r->heads, r->dh);
+    norm_heads(bfloat16, again, element(bfloat16, y, k), r->rstd_k + row * r->kv_heads, x + k, r->w_k, r->kv_heads,
+               r->dh);
+    if (bfloat16) round_one((uint16_t *)y + rest, x + rest, r->rest);
+}
+
+static void qk_norm_forward(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < r->rows; row++)
+        if (bfloat16) qk_norm_row(true, false, (uint16_t *)y + row * y_row, r, row);
+        else qk_norm_row(false, false, (float *)y + row * y_row, r, row);
+}
+
+static void qk_norm_again(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < r->rows; row++)
+        if (bfloat16) qk_norm_row(true, true, (uint16_t *)y + row * y_row, r, row);
+        else qk_norm_row(false, true, (float *)y + row * y_row, r, row);
+}
+
+/* dw += the threads' partial sums, `apart` floats apart, in order: the same bits for equal threads. */
+static void add_partials(float *restrict dw, const float *restrict scratch, int64_t D, int64_t apart, int threads)
 {
     for (int t = 0; t < threads; t++)
-        for (int64_t d = 0; d < D; d++) dw[d] += scratch[t * D + d];
+        for (int64_t d = 0; d < D; d++) dw[d] += scratch[t * apart + d];
 }
 
 static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restrict dx16, void *restrict y,
@@ -178,43 +199,46 @@ static void rmsnorm_backward(float *dx, const float *residual, uint16_t *restric
             else if (y) scale_one(false, (float *)y + row * D, at, w, rstd[row], D);
         }
     }
-    add_partials(dw, scratch, D, threads);
+    add_partials(dw, scratch, D, D, threads);
 }
 
-static inline void headnorm_backward_rows(bool bfloat16, void *dx, int64_t dx_row, float *restrict dw, const float *dy,
-                                          int64_t dy_row, const float *restrict x, int64_t x_row,
-                                          const float *restrict rstd, const float *restrict w,
-                                          float *restrict scratch, int64_t rows, int64_t heads, int64_t dh, int threads)
+/* Row `row` to dx from dy; dw_q, dw_k [dh] += . */
+static inline void qk_norm_backward_row(bool bfloat16, void *dx, const float *dy, int64_t dy_row, float *dw_q,
+                                        float *dw_k, const sel_qkv_rows *r, int64_t row)
 {
+    const int64_t dh = r->dh, k = r->heads * dh, rest = k + r->kv_heads * dh;
+    const float *const x = r->x + row * r->x_row, *const rstd_q = r->rstd_q + row * r->heads,
+                *const rstd_k = r->rstd_k + row * r->kv_heads;
+    if (row + 1 < r->rows) {
+        ask_for(dy + dy_row, bfloat16 ? rest + r->rest : rest);
+        ask_for(x + r->x_row, rest);
+    }
+    for (int64_t h = 0; h < r->heads; h++)
+        backward_one(bfloat16, element(bfloat16, dx, h * dh), NULL, dw_q, dy + h * dh, x + h * dh, r->w_q, rstd_q[h],
+                     dh);
+    for (int64_t h = 0; h < r->kv_heads; h++)
+        backward_one(bfloat16, element(bfloat16, dx, k + h * dh), NULL, dw_k, dy + k + h * dh, x + k + h * dh, r->w_k,
+                     rstd_k[h], dh);
+    if (bfloat16) round_one((uint16_t *)dx + rest, dy + rest, r->rest);
+}
+
+static void qk_norm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw_q, float *dw_k, const float *dy,
+                             int64_t dy_row, const sel_qkv_rows *r, float *scratch, int threads)
+{
+    const int64_t rows = r->rows, dh = r->dh;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
-        float *part = scratch + t * dh;
-        memset(part, 0, (size_t)dh * sizeof *part);
-        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++)
-            for (int64_t h = 0; h < heads; h++)
-                backward_one(bfloat16, (char *)row_of(bfloat16, dx, row, dx_row) +
-                                           (size_t)(h * dh) * (bfloat16 ? sizeof(uint16_t) : sizeof(float)),
-                             NULL, part, dy + row * dy_row + h * dh, x + row * x_row + h * dh, w,
-                             rstd[row * heads + h], dh);
+        float *const part_q = scratch + 2 * t * dh, *const part_k = part_q + dh;
+        memset(part_q, 0, (size_t)(2 * dh) * sizeof *part_q);
+        for (int64_t row = rows * t / threads; row < rows * (t + 1) / threads; row++) {
+            const float *const from = dy + row * dy_row;
+            if (bfloat16)
+                qk_norm_backward_row(true, (uint16_t *)dx + row * dx_row, from, dy_row, part_q, part_k, r, row);
+            else qk_norm_backward_row(false, (float *)dx + row * dx_row, from, dy_row, part_q, part_k, r, row);
+        }
     }
-    add_partials(dw, scratch, dh, threads);
-}
-
-static void headnorm_backward(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
-                              const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
-                              int64_t rows, int64_t heads, int64_t dh, int threads)
-{
-    if (bfloat16)
-        headnorm_backward_rows(true, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
-    else
-        headnorm_backward_rows(false, dx, dx_row, dw, dy, dy_row, x, x_row, rstd, w, scratch, rows, heads, dh, threads);
-}
-
-static void round_rows(uint16_t *restrict y, int64_t y_row, const float *restrict x, int64_t x_row, int64_t rows,
-                       int64_t n, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) round_one(y + row * y_row, x + row * x_row, n);
+    add_partials(dw_q, scratch, dh, 2 * dh, threads);
+    add_partials(dw_k, scratch + dh, dh, 2 * dh, threads);
 }
 
 void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
@@ -223,8 +247,7 @@ void SEL_FN(sel_ops_norm_init)(sel_ops *ops)
     ops->rmsnorm_forward_bf16 = rmsnorm_forward_bf16;
     ops->residual_norm = residual_norm;
     ops->rmsnorm_backward = rmsnorm_backward;
-    ops->headnorm_forward = headnorm_forward;
-    ops->headnorm_again = headnorm_again;
-    ops->headnorm_backward = headnorm_backward;
-    ops->round_rows = round_rows;
+    ops->qk_norm_forward = qk_norm_forward;
+    ops->qk_norm_again = qk_norm_again;
+    ops->qk_norm_backward = qk_norm_backward;
 }

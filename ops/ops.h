@@ -14,6 +14,16 @@
 #include "ops/attention.h"
 #include "ops/cpu.h"
 
+/* Rows of the product that attention's q, k and v are made of.  Rows are x_row values apart; of each, q's heads come
+   first, then k's, then `rest` values that have no norm: v, and what else the caller puts there. */
+typedef struct {
+    int64_t rows, heads, kv_heads, dh, rest;
+    const float *x;
+    int64_t x_row;
+    const float *w_q, *w_k;     /* [dh]  the norms' scales */
+    float *rstd_q, *rstd_k;     /* [rows][heads], [rows][kv_heads]  1 / rms */
+} sel_qkv_rows;
+
 typedef struct sel_ops {
     sel_cpu_level level;
 
@@ -43,20 +53,17 @@ typedef struct sel_ops {
                              const float *x, const float *rstd, const float *w, float *scratch, int64_t rows,
                              int64_t D, int threads);
 
-    /* q/k norm: the same norm over each head's dh values, one w [dh] for all heads.
-       x and y: rows of `heads` heads, x_row and y_row floats apart; rstd [rows][heads]. */
-    void (*headnorm_forward)(float *y, int64_t y_row, float *rstd, const float *x, int64_t x_row, const float *w,
-                             int64_t rows, int64_t heads, int64_t dh, int threads);
+    /* q/k norm: y of each row is q and k normed, the same norm over each head's dh values; then, where y is bfloat16,
+       the rest as it is, rounded.  In float32 the rest is read where it is: y has no place for it.  Writes rstd. */
+    void (*qk_norm_forward)(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads);
 
-    /* y again as headnorm_forward gave it, from the rstd that it left. */
-    void (*headnorm_again)(float *y, int64_t y_row, const float *rstd, const float *x, int64_t x_row, const float *w,
-                           int64_t rows, int64_t heads, int64_t dh, int threads);
+    /* y again as qk_norm_forward gave it, from the rstd that it left. */
+    void (*qk_norm_again)(void *y, bool bfloat16, int64_t y_row, const sel_qkv_rows *r, int threads);
 
-    /* dx = gradient, bfloat16 or float32 (then it may be dy); dw [dh] += ; scratch [threads][dh].  dx_row in elements
-       of dx. */
-    void (*headnorm_backward)(void *dx, bool bfloat16, int64_t dx_row, float *dw, const float *dy, int64_t dy_row,
-                              const float *x, int64_t x_row, const float *rstd, const float *w, float *scratch,
-                              int64_t rows, int64_t heads, int64_t dh, int threads);
+    /* dx = gradient; dw_q, dw_k [dh] += ; scratch [threads][2 dh].  dx is bfloat16, and its rest is dy's rounded, or
+       float32: then the rest is left alone and dx may be dy. */
+    void (*qk_norm_backward)(void *dx, bool bfloat16, int64_t dx_row, float *dw_q, float *dw_k, const float *dy,
+                             int64_t dy_row, const sel_qkv_rows *r, float *scratch, int threads);
 
     /* a [rows][Fw] = silu(gate) * up; gu [rows][2 Fw]: gate's Fw values, then up's. */
     void (*swiglu_forward)(float *a, const float *gu, int64_t rows, int64_t Fw, int threads);
@@ -64,12 +71,6 @@ typedef struct sel_ops {
     /* dgu [rows][2 Fw] from da and gu; dgu may be gu.  a, where not NULL, is rebuilt as forward gave it. */
     void (*swiglu_backward)(float *dgu, float *a, const float *da, const float *gu, int64_t rows, int64_t Fw,
                             int threads);
-
-    /* y [n] = x [n] rounded to bfloat16 (to nearest even; NaN stays NaN). */
-    void (*to_bfloat16)(uint16_t *y, const float *x, int64_t n, int threads);
-
-    /* The same for rows of n values, y_row and x_row elements apart. */
-    void (*round_rows)(uint16_t *y, int64_t y_row, const float *x, int64_t x_row, int64_t rows, int64_t n, int threads);
 
     /* rmsnorm_forward, swiglu_forward and swiglu_backward whose results go straight into products: y, a and dgu are
        bfloat16; otherwise as above (dgu may not be gu). */

@@ -25,7 +25,11 @@ static inline void forward_vector(bool bfloat16, void *a, const float *g, const 
 static inline void forward_row(bool bfloat16, void *a, const float *gu, int64_t Fw)
 {
     int64_t i = 0;
-    for (; i + VL <= Fw; i += VL) forward_vector(bfloat16, a, gu, gu + Fw, i, VL);
+    for (; i + VL <= Fw; i += VL) {
+        vfetch(gu + i);
+        vfetch(gu + Fw + i);
+        forward_vector(bfloat16, a, gu, gu + Fw, i, VL);
+    }
     if (i < Fw) forward_vector(bfloat16, a, gu, gu + Fw, i, Fw - i);
 }
 
@@ -43,7 +47,12 @@ static inline void backward_vector(bool bfloat16, void *dgu, void *a, const floa
 static inline void backward_row(bool bfloat16, void *dgu, void *a, const float *da, const float *gu, int64_t Fw)
 {
     int64_t i = 0;
-    for (; i + VL <= Fw; i += VL) backward_vector(bfloat16, dgu, a, da, gu, Fw, i, VL);
+    for (; i + VL <= Fw; i += VL) {
+        vfetch(gu + i);
+        vfetch(gu + Fw + i);
+        vfetch(da + i);
+        backward_vector(bfloat16, dgu, a, da, gu, Fw, i, VL);
+    }
     if (i < Fw) backward_vector(bfloat16, dgu, a, da, gu, Fw, i, Fw - i);
 }
 

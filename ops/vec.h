@@ -1,7 +1,7 @@
 /* vec.h: the vectors of the portable kernels: as wide as the level that a file is compiled for.
  *
  * GCC's and clang's generic vectors: arithmetic, comparison and shuffles without a
- * word of any instruction set.  A kernel file includes this, writes its functions as
+ * word of any instruction set, but for exp (vec_avx512.h).  A kernel file includes this, writes its functions as
  * SEL_FN(name), and is compiled once a level.
  */
 #ifndef SEL_OPS_VEC_H
@@ -17,6 +17,7 @@
 #define SEL_FN(name) SEL_PASTE(name, SEL_LEVEL)   /* sel_add -> sel_add_avx2 */
 
 #if defined(__AVX512F__)
+#include "ops/vec_avx512.h"
 #define VL 16
 #elif defined(__AVX__)
 #define VL 8
@@ -29,9 +30,13 @@ typedef int32_t vi __attribute__((vector_size(4 * VL), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * VL), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * VL), may_alias));
 typedef float   vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint16_t vh_u __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 
 static inline vf vload(const float *p) { return *(const vf_u *)p; }
 static inline void vstore(float *p, vf x) { *(vf_u *)p = x; }
+
+/* Asks for what a walk along x comes to 2 KiB later: the processor's own prefetching stops at the end of each page. */
+static inline void vfetch(const float *x) { __builtin_prefetch(x + 512); }
 
 /* The first n of them where n < VL; the other lanes are 0, or not stored. */
 static inline vf vload_n(const float *p, int64_t n)
@@ -76,6 +81,35 @@ static inline void vstore_bf16(uint16_t *p, vf x, int64_t n)
     else memcpy(p, &y, (size_t)n * sizeof *p);
 }
 
+/* VL values of bfloat16 as float32, of which they are the upper halves. */
+static inline vf vload_bf16(const uint16_t *p)
+{
+#if VL == 16   /* wide vectors: one shuffle with zeros, where a conversion would be made in halves */
+    return (vf)__builtin_shufflevector((vh){ 0 }, *(const vh_u *)p, 0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0,
+                                       23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31);
+#elif VL == 8
+    return (vf)__builtin_shufflevector((vh){ 0 }, *(const vh_u *)p, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0,
+                                       15);
+#else
+    return (vf)(__builtin_convertvector(*(const vh_u *)p, vu) << 16);
+#endif
+}
+
+/* The first n of them where n < VL; the other lanes are 0. */
+static inline vf vload_bf16_n(const uint16_t *p, int64_t n)
+{
+    if (n >= VL) return vload_bf16(p);
+    uint16_t lane[VL] = { 0 };
+    for (int64_t i = 0; i < n; i++) lane[i] = p[i];
+    return vload_bf16(lane);
+}
+
+/* The first n lanes (at most all) from element `at` on of an array that is bfloat16 or float32: as for vstore_as. */
+static inline vf vload_as(bool bfloat16, const void *p, int64_t at, int64_t n)
+{
+    return bfloat16 ? vload_bf16_n((const uint16_t *)p + at, n) : vload_n((const float *)p + at, n);
+}
+
 /* The first n lanes to element `at` of an array that is bfloat16 or float32: `bfloat16` is constant where inlined. */
 static inline void vstore_as(bool bfloat16, void *p, int64_t at, vf x, int64_t n)
 {
@@ -105,6 +139,9 @@ static inline float vsum(vf x)
    above it +inf; NaN gives NaN.  x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts. */
 static inline vf vexp(vf x)
 {
+#if VL == 16
+    return (vf)sel_exp_avx512((__m512)x);
+#else
     const vf lo = vset1(-87.33654f), hi = vset1(88.72284f), magic = vset1(12582912.0f);
     const vf xc = vmin(vmax(x, lo), hi);                 /* NaN goes to lo here, restored below */
     const vf t = xc * 1.44269504f + magic;               /* n in the low bits */
@@ -124,6 +161,7 @@ static inline vf vexp(vf x)
     y = vselect(x < lo, vset1(0.0f), y);
     y = vselect(x > hi, vset1(__builtin_inff()), y);
     return vselect(x != x, x, y);
+#endif
 }
 
 #endif

@@ -35,7 +35,7 @@ elsewhere() {   # HEADER HOME-REGEX
 elsewhere 'mpi\.h' 'dist/[a-z]+\.c'
 elsewhere 'dnnl\.h' 'ops/onednn_api\.h'
 elsewhere 'cblas\.h' 'ops/linear_openblas\.c'
-elsewhere 'immintrin\.h' 'ops/[a-z0-9_]+_(avx[0-9a-z]+\.c|words\.h)'
+elsewhere 'immintrin\.h' 'ops/[a-z0-9_]+_(avx[0-9a-z]+\.[ch]|words\.h)'
 elsewhere 'yaml\.h' 'core/config/yaml\.c'
 elsewhere 'sentencepiece.*' 'core/data/spm\.cc'
 

@@ -21,11 +21,13 @@ static float number(int64_t kind, int64_t a, int64_t b, int64_t c)
     return (float)(sel_rng_uniform(3, (uint64_t)(kind * 1000 + a), (uint64_t)(b * 100000 + c)) - 0.5);
 }
 
-/* Of a key: with bfloat16 one that it holds. */
-static float key_number(bool bfloat16, int64_t round, int64_t b, int64_t at, int64_t w)
+/* A key's number, as bits of its type. */
+static uint32_t key_bits(bool bfloat16, int64_t round, int64_t b, int64_t at, int64_t w)
 {
     const float x = number(round, b, at, w);
-    return bfloat16 ? floorf(x * 256.0f) / 256.0f : x;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bfloat16 ? bits >> 16 : bits;
 }
 
 /* Ranks come late in turn. */
@@ -41,21 +43,25 @@ static void test_keys(sel_sequence *q, int64_t batch, int64_t width, bool bfloat
     const int64_t last = (sel_chunk_place(c, c->rank, c->chunks - 1) + 1) * c->each;
     int64_t wrong = 0;
 
-    float *const keys = sel_sequence_begin(q);
+    uint32_t *const keys = sel_sequence_begin(q);
+    uint16_t *const keys16 = (uint16_t *)keys;
     late(round);
     for (int k = 0; k < c->chunks; k++)
         for (int64_t b = 0; b < batch; b++)
             for (int64_t i = 0; i < c->each; i++)
                 for (int64_t w = 0; w < width; w++) {
                     const int64_t at = sel_chunk_place(c, c->rank, k) * c->each + i;
-                    keys[(b * c->tokens + at) * width + w] = key_number(bfloat16, round, b, at, w);
+                    const int64_t to = (b * c->tokens + at) * width + w;
+                    if (bfloat16) keys16[to] = (uint16_t)key_bits(true, round, b, at, w);
+                    else keys[to] = key_bits(false, round, b, at, w);
                 }
     sel_sequence_share(q, batch);
     late(round + 1);
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < last; i++)
             for (int64_t w = 0; w < width; w++)
-                wrong += keys[(b * c->tokens + i) * width + w] != key_number(bfloat16, round, b, i, w);
+                wrong += (bfloat16 ? keys16[(b * c->tokens + i) * width + w]
+                                   : keys[(b * c->tokens + i) * width + w]) != key_bits(bfloat16, round, b, i, w);
     CHECK(wrong == 0, "round %d: %lld wrong keys", round, (long long)wrong);
 }
 

@@ -4,8 +4,9 @@
  * inputs; where the reference is zero, 1e-6 of the norm of dO; without relu, F grows in both directions and the
  * bound with max |F|.  Inputs are drawn so that no selection logit lies within float's rounding of relu's kink.
  *
- * Everything is done twice, with float32 and with bfloat16 operands.  For these inputs are drawn as bfloat16 holds
- * them, and what P and dZ go into may be 1e-2 off.  F does not: carry and the memory loss keep float32's bound.
+ * Everything is done twice, with float32 and with bfloat16 operands: arrays of that type.  For these inputs are drawn
+ * as bfloat16 holds them, and what the rounding of P, dZ and out goes into may be 1e-2 off.  F does not: carry and the
+ * memory loss keep float32's bound.
  */
 #include "tests/attention_case.h"
 
@@ -25,7 +26,7 @@ static void check_agree(const problem *p, const sel_ops *ops, const outcome *o, 
             difference += ((double)x[c][i] - (double)y[c][i]) * ((double)x[c][i] - (double)y[c][i]);
             size += (double)y[c][i] * (double)y[c][i];
         }
-        const double bound = p->a.selective && !p->a.relu ? BOUND_BF16 : AGREE_BF16;
+        const double bound = p->a.selective && !p->a.relu ? 2.0 * BOUND_BF16 : AGREE_BF16;
         const double limit = bound * sqrt(size) + EXP_BF16 * output * alone;
         CHECK(sqrt(difference) <= limit, "%s, %s: result %d is %.3g from that of %s", sel_cpu_level_name(ops->level),
               p->name, c, sqrt(difference / size), sel_cpu_level_name(tables[0].level));
@@ -285,52 +286,32 @@ static void check_selecting_head(void)
     }
 }
 
-/* bfloat16 operands are rounded inside: inputs between its values give the bits of the rounded ones (dq and dk do not,
-   where dout is between them: delta takes it as it is), and P is rounded too, or out and dv would be nearer to the
-   reference. */
+/* P is rounded to bfloat16 operands, forward and backward: without it out would be the reference's, rounded, but for
+   values at the border of two, and dv nearer to the reference. */
 static void check_rounding(void)
 {
     static const int64_t shapes[][2] = { { 64, 0 }, { 16, 0 }, { 40, 0 }, { 64, 70 } };
     for (int c = 0; c < 4; c++) {
         const sel_ref_attention a = { .B = 1, .H = 4, .Hkv = 2, .N = 200, .dh = shapes[c][0], .window = shapes[c][1] };
-        problem between = problem_new(&a, 1, HEAD0, 1.0, 9000 + (uint64_t)c);
-        const int64_t counts[] = { q_count(&between), k_count(&between), k_count(&between), q_count(&between) };
-        double *const inputs[] = { between.q, between.k, between.v, between.dout };
-        for (int x = 0; x < 4; x++)   /* at most a quarter of bfloat16's spacing off: all round back */
-            for (int64_t i = 0; i < counts[x]; i++) inputs[x][i] *= 1.0 + 0x1p-10 * (random_uniform() - 0.5);
-        problem whole = between;
-        whole.q = room(counts[0] * 8);
-        whole.k = room(counts[1] * 8);
-        whole.v = room(counts[2] * 8);
-        whole.dout = room(counts[3] * 8);
-        double *const rounded[] = { whole.q, whole.k, whole.v, whole.dout };
-        for (int x = 0; x < 4; x++)
-            for (int64_t i = 0; i < counts[x]; i++) rounded[x][i] = operand((double)(float)inputs[x][i]);
+        problem p = problem_new(&a, 1, HEAD0, 1.0, 9000 + (uint64_t)c);
         for (int l = 0; l < levels; l++)
             for (int t = 1; t <= 2; t++) {
-                const char *const level = sel_cpu_level_name(tables[l].level);
-                const int64_t cuts[] = { 0, a.N };
-                outcome x = run(&between, &tables[l], t, APART, cuts, 1);
-                outcome y = run(&whole, &tables[l], t, APART, cuts, 1);
-                CHECK(same_bits(x.out, y.out, counts[0]) && same_bits(x.lse, y.lse, a.H * a.N) &&
-                          same_bits(x.carry, y.carry, a.N) && same_bits(x.dv, y.dv, counts[2]),
-                      "%s, %s, %d threads: operands are not rounded", level, whole.name, t);
-                problem rough = between;
-                rough.dout = whole.dout;
-                outcome z = run(&rough, &tables[l], t, APART, cuts, 1);
-                CHECK(same_gradients(&whole, &y, &z), "%s, %s, %d threads: q, k or v is not rounded in backward", level,
-                      whole.name, t);
-                const double out = distance(y.out, whole.r.out, counts[0]) / norm(whole.r.out, counts[0]);
-                const double dv = distance(y.dv, whole.r.dv, counts[2]) / norm(whole.r.dv, counts[2]);
-                CHECK(out > 3e-4 && dv > 3e-4, "%s, %s: P is not rounded: out %.3g, dv %.3g off", level, whole.name,
-                      out, dv);
-                outcome_free(&x);
-                outcome_free(&y);
-                outcome_free(&z);
+                outcome o = run(&p, &tables[l], t, APART, (const int64_t[]){ 0, a.N }, 1);
+                const double dv = distance(o.dv, p.r.dv, k_count(&p)) / norm(p.r.dv, k_count(&p));
+                int64_t other = 0;
+                for (int64_t i = 0; i < q_count(&p); i++) other += (double)o.out[i] != operand(p.r.out[i]);
+                const double share = (double)other / (double)q_count(&p);
+                CHECK(share > 0.05 && dv > 3e-4, "%s, %s, %d threads: P is not rounded: %.3g of out's values are not "
+                      "the reference's; dv %.3g off", sel_cpu_level_name(tables[l].level), p.name, t, share, dv);
+                outcome_free(&o);
             }
-        for (int x = 0; x < 4; x++) free(rounded[x]);
-        problem_free(&between);
+        problem_free(&p);
     }
+}
+
+static void store_values(uint16_t *to, const double *from, int n)
+{
+    for (int i = 0; i < n; i++) store_value(to, true, i, (float)from[i]);
 }
 
 /* Backward of one row and key with out = 0, so that delta = 0:
@@ -339,21 +320,23 @@ static void check_rounding(void)
 static void check_rounding_points(void)
 {
     static const struct {
-        double P, dout, v[2], dq, dv;
+        double P, v[2], dq, dv;
     } cases[] = {
-        { 1.0, 1.0, { 256.0, 0.5 }, 256.0 / 8.0, 1.0 },              /* dZ = 256.5 is rounded */
-        { 1.0 + 0x1.8p-9, 1.0, { 256.0, 0.5 }, 258.0 / 8.0, 1.0 },   /* dZ = 257.25, of P unrounded; dv of P rounded */
-        { 1.0, 1.0 + 0x1.8p-9, { 255.0, 0.0 }, 255.0 / 8.0, 1.0 },   /* dout is rounded before dout . v and P dout */
+        { 1.0, { 256.0, 0.5 }, 256.0 / 8.0, 1.0 },              /* dZ = 256.5 is rounded */
+        { 1.0 + 0x1.8p-9, { 256.0, 0.5 }, 258.0 / 8.0, 1.0 },   /* dZ = 257.25, of P unrounded; dv of P rounded */
     };
     enum { DH = 64 };
-    for (int c = 0; c < 3; c++)
+    for (int c = 0; c < 2; c++)
         for (int l = 0; l < levels; l++) {
-            const float q[DH] = { 0 }, k[DH] = { 1.0f }, v[DH] = { (float)cases[c].v[0], (float)cases[c].v[1] };
-            const float d = (float)cases[c].dout, dout[DH] = { d, d };
-            float out[DH] = { 0 }, lse = (float)-log(cases[c].P), dq[DH], dk[DH], dv[DH];
+            const uint16_t q[DH] = { 0 };
+            uint16_t k[DH] = { 0 }, v[DH] = { 0 }, dout[DH] = { 0 }, out[DH] = { 0 };
+            float lse = (float)-log(cases[c].P), dq[DH], dk[DH], dv[DH];
             sel_attention a = { .B = 1, .heads = 1, .kv_heads = 1, .dh = DH, .i1 = 1, .q = q, .k = k, .v = v,
                                 .out = out, .lse = &lse, .bfloat16 = true, .threads = 1 };
             const sel_attention_grad g = { .dout = dout, .dq = dq, .dk = dk, .dv = dv };
+            store_values(k, (const double[]){ 1.0 }, 1);
+            store_values(v, cases[c].v, 2);
+            store_values(dout, (const double[]){ 1.0, 1.0 }, 2);
             a.q_seq = a.q_row = a.k_seq = a.k_row = a.v_seq = a.v_row = a.out_seq = a.out_row = DH;
             a.workspace = workspace_new(&a, true);
             tables[l].attention_backward(&a, &g);
@@ -362,6 +345,59 @@ static void check_rounding_points(void)
             CHECK(got_dq == cases[c].dq && got_dv == cases[c].dv, "%s, case %d: dq %.9g, not %.9g; dv %.9g, not %.9g",
                   sel_cpu_level_name(tables[l].level), c, got_dq, cases[c].dq, got_dv, cases[c].dv);
         }
+}
+
+/* delta = rowsum(dO o out) is made of out as it is: backward of one row and key, out given, P = 1:
+       dZ = dout . v - dout . out = 3 - out[0], dq = dZ k / 8 */
+static void check_delta(void)
+{
+    enum { DH = 64 };
+    for (int l = 0; l < levels; l++) {
+        const uint16_t q[DH] = { 0 };
+        uint16_t k[DH] = { 0 }, v[DH] = { 0 }, dout[DH] = { 0 }, out[DH] = { 0 };
+        float lse = 0.0f, dq[DH], dk[DH], dv[DH];
+        sel_attention a = { .B = 1, .heads = 1, .kv_heads = 1, .dh = DH, .i1 = 1, .q = q, .k = k, .v = v,
+                            .out = out, .lse = &lse, .bfloat16 = true, .threads = 1 };
+        const sel_attention_grad g = { .dout = dout, .dq = dq, .dk = dk, .dv = dv };
+        store_values(k, (const double[]){ 1.0 }, 1);
+        store_values(v, (const double[]){ 3.0 }, 1);
+        store_values(dout, (const double[]){ 1.0 }, 1);
+        store_values(out, (const double[]){ 1.0 + 0x1p-7, 5.0 }, 2);
+        a.q_seq = a.q_row = a.k_seq = a.k_row = a.v_seq = a.v_row = a.out_seq = a.out_row = DH;
+        a.workspace = workspace_new(&a, true);
+        tables[l].attention_backward(&a, &g);
+        free(a.workspace);
+        const double expected = (2.0 - 0x1p-7) / 8.0;
+        CHECK((double)dq[0] == expected, "%s: dq %.9g, not %.9g", sel_cpu_level_name(tables[l].level), (double)dq[0],
+              expected);
+    }
+}
+
+/* Forward rounds P but not its sum: row 1 sees key 0 with P = 1 and key 1 with P = exp(-177/256) = 0.50087, which goes
+   into the product as 0.5.  out's first value cancels to 0, its second is 0.5 / 1.50087 by bfloat16 (0.33314 to
+   171/512; if the sum had 0.5: 1/3 to 171/512, so it is lse that tells). */
+static void check_rounding_forward(void)
+{
+    enum { DH = 16 };
+    for (int l = 0; l < levels; l++) {
+        uint16_t q[2 * DH] = { 0 }, k[2 * DH] = { 0 }, v[2 * DH] = { 0 }, out[2 * DH] = { 0 };
+        float lse[2];
+        sel_attention a = { .B = 1, .heads = 1, .kv_heads = 1, .dh = DH, .i1 = 2, .q = q, .k = k, .v = v,
+                            .out = out, .lse = lse, .bfloat16 = true, .threads = 1 };
+        store_values(q + DH, (const double[]){ 4.0 }, 1);
+        store_values(k + DH, (const double[]){ -177.0 / 256.0 }, 1);
+        store_values(v, (const double[]){ -1.0, 0.0 }, 2);
+        store_values(v + DH, (const double[]){ 2.0, 1.0 }, 2);
+        a.q_seq = a.k_seq = a.v_seq = a.out_seq = 2 * DH;
+        a.q_row = a.k_row = a.v_row = a.out_row = DH;
+        a.workspace = workspace_new(&a, false);
+        tables[l].attention_forward(&a);
+        free(a.workspace);
+        const double first = (double)load_value(out, true, DH), second = (double)load_value(out, true, DH + 1);
+        const double sum = (double)lse[1] - log(1.0 + exp(-177.0 / 256.0));
+        CHECK(first == 0.0 && second == 171.0 / 512.0 && fabs(sum) < 1e-4, "%s: out %.9g, %.9g; lse %.3g off",
+              sel_cpu_level_name(tables[l].level), first, second, sum);
+    }
 }
 
 /* Logits of 512 and 256 make softmax pick one key, exactly.  Head 1 picks key 5 until row r has masked it by 1024,
@@ -425,7 +461,7 @@ static void check_memory_tie(int64_t B, int64_t N)
     snprintf(p.name, sizeof p.name, "tied memory");
     for (int64_t b = 0; b < B; b++)
         CHECK(p.r.m_row[b] == 2 && p.r.m_max[b] == 3.0, "reference: M[%d] = %g", (int)p.r.m_row[b], p.r.m_max[b]);
-    arrays in = arrays_new(&p, APART, 0, N, NAN, RIM);
+    arrays in = arrays_new(&p, APART, 0, N, NAN, RIM, bfloat16);
     tensor_write(&in.q, p.q);
     tensor_write(&in.k, p.k);
     tensor_write(&in.v, p.v);
@@ -446,13 +482,15 @@ static void check_memory_tie(int64_t B, int64_t N)
 }
 
 /* Logits of deviation 16 and more: exp would overflow without the running maximum.  A logit x is rounded to
-   x 2^-24, and so is the result: the bound grows with the logits. */
+   x 2^-24, and so is the result: the bound grows with the logits.  With bfloat16 operands rows that are all but one
+   key's cancel dP - delta, and what is left is mostly out's rounding, in delta: dq and dk are 1.3e-2 off. */
 static void check_large_logits(void)
 {
     const sel_ref_attention a = { .B = 1, .H = 3, .Hkv = 3, .N = 130, .dh = 64 };
     for (int s = 0; s < 2; s++) {
         problem p = problem_new(&a, s, HEAD0, 60.0, 6000);
         p.scale = 60.0;
+        p.scale_bf16 = 2.0;
         check_whole(&p, 1, APART);
         problem_free(&p);
     }
@@ -565,6 +603,8 @@ int main(void)
         }
         if (bfloat16) {
             check_rounding_points();
+            check_rounding_forward();
+            check_delta();
             check_rounding();
         }
         check_threads();

@@ -22,12 +22,12 @@ static sel_attention selection_call(const problem *p, const arrays *in, int thre
     sel_attention a = { .B = p->a.B, .heads = p->a.H, .kv_heads = p->a.Hkv, .dh = p->a.dh, .i0 = i0, .i1 = i1,
                         .selective = true, .relu = p->a.relu, .protect_bos = p->a.protect_bos,
                         .protect_self = p->a.protect_self, .shift = p->a.shift, .bfloat16 = bfloat16,
-                        .q = in->q.x + i0 * in->q.row, .q_seq = in->q.seq, .q_row = in->q.row,
+                        .q = tensor_at(&in->q, i0), .q_seq = in->q.seq, .q_row = in->q.row,
                         .k = in->k.x, .k_seq = in->k.seq, .k_row = in->k.row,
                         .carry_seq = p->a.N, .threads = threads };
     if (p->sel_q) {
         a.q = a.k = NULL;
-        a.sel_q = in->sel_q.x + i0 * in->sel_q.row;
+        a.sel_q = tensor_at(&in->sel_q, i0);
         a.sel_q_seq = in->sel_q.seq;
         a.sel_q_row = in->sel_q.row;
         a.sel_k = in->sel_k.x;
@@ -56,7 +56,7 @@ static void carry_of(const problem *p, const sel_ops *ops, const arrays *in, int
 
 static arrays inputs_new(const problem *p, arrangement how)
 {
-    arrays in = arrays_new(p, how, 0, p->a.N, NAN, RIM);
+    arrays in = arrays_new(p, how, 0, p->a.N, NAN, RIM, bfloat16);
     tensor_write(&in.q, p->q);
     tensor_write(&in.k, p->k);
     tensor_write(&in.v, p->v);
@@ -116,6 +116,11 @@ static void check_sums(const problem *p, arrangement how, int64_t i0, int64_t i1
 
 /* ---- backward ---- */
 
+static bool field_same(const field *x, const field *y)
+{
+    return memcmp(x->x, y->x, (size_t)(x->count * value_size(x->half))) == 0;
+}
+
 /* The gradients of one call, as backward left them and then as attention_carry_backward did. */
 typedef struct {
     arrays g;
@@ -124,9 +129,9 @@ typedef struct {
 
 static gradients gradients_new(const problem *p, arrangement how, const piece *c, const tensor *dout)
 {
-    gradients x = { .g = arrays_new(p, how, c->a.i0, c->a.i1, RIM, RIM) };
+    gradients x = { .g = arrays_new(p, how, c->a.i0, c->a.i1, RIM, RIM, false) };
     const arrays *const g = &x.g;
-    x.grad = (sel_attention_grad){ .dout = dout->x + c->a.i0 * dout->row,
+    x.grad = (sel_attention_grad){ .dout = tensor_at(dout, c->a.i0),
                                    .dq = g->q.x, .dq_seq = g->q.seq, .dq_row = g->q.row,
                                    .dk = g->k.x, .dk_seq = g->k.seq, .dk_row = g->k.row,
                                    .dv = g->v.x, .dv_seq = g->v.seq, .dv_row = g->v.row,
@@ -184,7 +189,7 @@ static double apart(const tensor *x, const float *y, int64_t own)
     for (int64_t b = 0; b < x->B; b++)
         for (int64_t i = 0; i < x->N; i++)
             for (int64_t d = 0; d < x->width; d++) {
-                const double u = (double)x->x[b * x->seq + i * x->row + d];
+                const double u = (double)load_value(x->x, x->half, b * x->seq + i * x->row + d);
                 const double v = (double)y[(b * x->N + i) * x->width + d];
                 if (d >= own && u != v) return -1.0;
                 difference += (u - v) * (u - v);
@@ -213,7 +218,7 @@ static int memory_rows;      /* arg-max rows of the memory loss in calls that do
 static void check_later(const problem *p, arrangement how, int threads, int64_t i0, int64_t i1)
 {
     const int64_t B = p->a.B, N = p->a.N, H = p->a.H;
-    arrays in = inputs_new(p, how), d = arrays_new(p, how, 0, N, NAN, NAN);
+    arrays in = inputs_new(p, how), d = arrays_new(p, how, 0, N, NAN, NAN, bfloat16);
     float *const later = room(B * N * 4), *const both = room(B * N * 4), *const own = room(B * N * 4);
     problem rows = *p;
     tensor_write(&d.o, p->dout);
@@ -260,7 +265,7 @@ static void check_later(const problem *p, arrangement how, int threads, int64_t 
         check_apart(p, ops, &c, "dsel_q", &two.g.sel_q, sel_q, p->a.dh);
         check_apart(p, ops, &c, "dsel_k", &two.g.sel_k, sel_k, p->a.dh);
         for (int f = 0; f < FIELDS; f++)
-            CHECK(!memcmp(two.g.fields[f].x, again.g.fields[f].x, (size_t)two.g.fields[f].count * 4),
+            CHECK(field_same(&two.g.fields[f], &again.g.fields[f]),
                   "%s, %s: two runs on %d threads differ", sel_cpu_level_name(ops->level), p->name, threads);
         CHECK(arrays_damage(&two.g) == 0, "%s, %s: values written outside the gradients",
               sel_cpu_level_name(ops->level), p->name);
@@ -284,49 +289,38 @@ static void check_later(const problem *p, arrangement how, int threads, int64_t 
     arrays_free(&d);
 }
 
-/* What bfloat16 operands are rounded to is what they give: q, k and dcarry_in between its values give the bits of the
-   rounded ones. */
+/* dF is rounded to bfloat16 operands: dcarry_in between its values gives the bits of the rounded ones. */
 static void check_rounding(selection_source source)
 {
     static const int64_t widths[] = { 64, 16, 40 };
     for (int c = 0; c < 3; c++) {
         const sel_ref_attention a = { .B = 1, .H = 2, .Hkv = 1, .N = 150, .dh = widths[c] };
-        problem whole = problem_new(&a, 1, source, 1.0, 50 + (uint64_t)c), between = whole;
-        double *const x[] = { between.q, between.k, between.sel_q, between.sel_k };
-        const int64_t counts[] = { q_count(&whole), k_count(&whole), sel_count(&whole), sel_count(&whole) };
+        problem p = problem_new(&a, 1, source, 1.0, 50 + (uint64_t)c);
         const int64_t N = a.N, i0 = 70;
-        float *const sums[2] = { room(N * 4), room(N * 4) }, *const later[2] = { room(N * 4), room(N * 4) };
+        arrays in = inputs_new(&p, APART);
+        float *const later[2] = { room(N * 4), room(N * 4) };
         for (int64_t j = 0; j < N; j++) {
             later[0][j] = (float)operand(random_normal());
             later[1][j] = later[0][j] * (1.0f + 0x1p-10f * (float)(random_uniform() - 0.5));
         }
-        arrays in[2] = { inputs_new(&whole, APART) };
-        for (int f = 0; f < 4; f++)
-            for (int64_t n = 0; n < counts[f]; n++) x[f][n] *= 1.0 + 0x1p-10 * (random_uniform() - 0.5);
-        in[1] = inputs_new(&between, APART);
         for (int l = 0; l < levels; l++) {
             gradients g[2];
             for (int i = 0; i < 2; i++) {
-                piece call = { .a = selection_call(&whole, &in[i], 2, i0, N) };
-                carry_of(&whole, &tables[l], &in[i], 2, i0, N, NULL, sums[i]);
-                g[i] = gradients_new(&whole, APART, &call, &in[i].o);
-                add_later(&whole, &tables[l], &in[i], &call, &g[i], later[i]);
+                piece call = { .a = selection_call(&p, &in, 2, i0, N) };
+                g[i] = gradients_new(&p, APART, &call, &in.o);
+                add_later(&p, &tables[l], &in, &call, &g[i], later[i]);
             }
-            CHECK(!memcmp(sums[0], sums[1], (size_t)N * 4), "%s, %s: attention_carry: operands are not rounded",
-                  sel_cpu_level_name(tables[l].level), whole.name);
             for (int f = 0; f < FIELDS; f++)
-                CHECK(!memcmp(g[0].g.fields[f].x, g[1].g.fields[f].x, (size_t)g[0].g.fields[f].count * 4),
-                      "%s, %s: attention_carry_backward: operands are not rounded",
-                      sel_cpu_level_name(tables[l].level), whole.name);
+                CHECK(field_same(&g[0].g.fields[f], &g[1].g.fields[f]),
+                      "%s, %s: attention_carry_backward: dcarry_in is not rounded",
+                      sel_cpu_level_name(tables[l].level), p.name);
             arrays_free(&g[0].g);
             arrays_free(&g[1].g);
         }
-        for (int i = 0; i < 2; i++) {
-            arrays_free(&in[i]);
-            free(sums[i]);
-            free(later[i]);
-        }
-        problem_free(&whole);
+        arrays_free(&in);
+        free(later[0]);
+        free(later[1]);
+        problem_free(&p);
     }
 }
 
@@ -336,7 +330,7 @@ static void check_rounding(selection_source source)
 static outcome run_chunks(const problem *p, const sel_ops *ops, int threads, arrangement how, int n)
 {
     const int64_t B = p->a.B, N = p->a.N, columns = B * N;
-    arrays in = inputs_new(p, how), d = arrays_new(p, how, 0, N, NAN, NAN);
+    arrays in = inputs_new(p, how), d = arrays_new(p, how, 0, N, NAN, NAN, bfloat16);
     outcome o = outcome_new(p);
     piece pieces[MOST];
     gradients grads[MOST];

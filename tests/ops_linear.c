@@ -97,7 +97,7 @@ static void check_backward_input(const setup *s, sel_linear *l, const grid *w, c
     char name[160];
     describe(name, s, "backward_input");
     grid dx = grid_new(s->rows, s->in, s->in + s->x_gap, true);
-    CHECK_OK(sel_linear_backward_input(l, s->rows, dy->at, dy->row, dx.at, dx.row));
+    CHECK_OK(sel_linear_backward_input(l, s->rows, dy->at, dy->row, dx.at, SEL_FLOAT32, dx.row));
     bool good = true;
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t i = 0; i < s->in; i++)
@@ -187,17 +187,21 @@ static void check_shape(sel_linear_engine *e, int64_t out, int64_t in, bool exac
             for (size_t g = 0; g < sizeof GAPS / sizeof *GAPS; g++) {
                 const setup s = { e, out, in, ROWS[r], GAPS[g][0], GAPS[g][1], exact };
                 grid x = grid_new(s.rows, in, in + s.x_gap, exact), dy = grid_new(s.rows, out, out + s.y_gap, exact);
-                if (pass == 0 && r % 2 == 0) CHECK_OK(sel_linear_prepare(l, s.rows, x.row, dy.row));
+                if (pass == 0 && r % 2 == 0) CHECK_OK(sel_linear_prepare(l, s.rows, x.row, dy.row, SEL_FLOAT32));
                 check_forward(&s, l, &w, &x);
                 check_backward_input(&s, l, &w, &dy);
                 check_backward_weight(&s, l, &x, &dy);
                 free(x.at);
                 free(dy.at);
             }
-        CHECK_OK(sel_linear_prepare(l, 0, in, out));
+        CHECK_OK(sel_linear_prepare(l, 0, in, out, SEL_FLOAT32));
         CHECK_OK(sel_linear_forward(l, 0, NULL, in, NULL, out));
-        CHECK_OK(sel_linear_backward_input(l, 0, NULL, out, NULL, in));
+        CHECK_OK(sel_linear_backward_input(l, 0, NULL, out, NULL, SEL_FLOAT32, in));
         CHECK_OK(sel_linear_backward_weight(l, 0, NULL, out, NULL, in, NULL, true));
+        CHECK(sel_linear_prepare(l, 1, in, out, SEL_BFLOAT16) == SEL_EUSER &&
+                  sel_linear_backward_input(l, 1, NULL, out, NULL, SEL_BFLOAT16, in) == SEL_EUSER &&
+                  strstr(sel_error(), "float32"),
+              "a float32 engine takes bfloat16 for a result: %s", sel_error());
         free(w.at);
     }
     sel_linear_free(&l);
@@ -296,6 +300,48 @@ static uint16_t *integers16(int64_t n, float *as_float)
     return x;
 }
 
+/* x rounded to bfloat16's 8 bits, to nearest even; normal numbers. */
+static double to_bfloat16(double x)
+{
+    int power;
+    frexp(x, &power);
+    return ldexp(rint(ldexp(x, 8 - power)), power - 8);
+}
+
+/* dx as the next product's operand, rows of both further apart than their width: the exact sums df w, whose products
+   float32 holds, rounded once; what lies between the rows stays. */
+static void check_bfloat16_result(sel_linear *l, int64_t rows, int64_t out, int64_t in, const float *df, const float *w,
+                                  int64_t dy_gap, int64_t dx_gap, bool prepared)
+{
+    const int64_t dy_row = out + dy_gap, dx_row = in + dx_gap;
+    uint16_t *dy = calloc((size_t)(rows * dy_row), sizeof *dy), *dx = malloc((size_t)(rows * dx_row) * sizeof *dx);
+    int64_t wrong = 0;
+    if (!dy || !dx) abort();
+    memset(dx, 0xff, (size_t)(rows * dx_row) * sizeof *dx);
+    for (int64_t i = 0; i < rows * out; i++) {
+        uint32_t bits;
+        memcpy(&bits, df + i, sizeof bits);
+        dy[i / out * dy_row + i % out] = (uint16_t)(bits >> 16);
+    }
+    if (prepared) CHECK_OK(sel_linear_prepare(l, rows, dx_row, dy_row, SEL_BFLOAT16));
+    CHECK_OK(sel_linear_backward_input(l, rows, dy, dy_row, dx, SEL_BFLOAT16, dx_row));
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < in; i++) {
+            const uint32_t bits = (uint32_t)dx[r * dx_row + i] << 16;
+            float got;
+            double sum = 0.0;
+            memcpy(&got, &bits, sizeof got);
+            for (int64_t o = 0; o < out; o++) sum += (double)df[r * out + o] * (double)w[o * in + i];
+            wrong += (double)got != to_bfloat16(sum);
+        }
+        for (int64_t i = in; i < dx_row; i++) wrong += dx[r * dx_row + i] != 0xffff;
+    }
+    CHECK(wrong == 0, "bfloat16 result %d x %d, %d rows, gaps %d %d: %d values wrong", (int)out, (int)in, (int)rows,
+          (int)dy_gap, (int)dx_gap, (int)wrong);
+    free(dy);
+    free(dx);
+}
+
 /* The three products of bfloat16 operands, by matmul and inner product, equal to the exact sums. */
 static void check_bfloat16(int64_t rows, int64_t out, int64_t in, char weight_by, int threads)
 {
@@ -318,7 +364,7 @@ static void check_bfloat16(int64_t rows, int64_t out, int64_t in, char weight_by
     free(integers16(out * in, w));
     CHECK_OK(sel_linear_pack(l, w));
     CHECK_OK(sel_linear_forward(l, rows, x, in, y, out));
-    CHECK_OK(sel_linear_backward_input(l, rows, dy, out, dx, in));
+    CHECK_OK(sel_linear_backward_input(l, rows, dy, out, dx, SEL_FLOAT32, in));
     CHECK_OK(sel_linear_backward_weight(l, rows, dy, out, x, in, dw, false));
     CHECK_OK(sel_linear_backward_weight(l, rows, dy, out, x, in, dw, true));
     int64_t wrong = 0;
@@ -342,6 +388,8 @@ static void check_bfloat16(int64_t rows, int64_t out, int64_t in, char weight_by
         }
     CHECK(wrong == 0, "bfloat16 %d x %d, %d rows, %c: %d values wrong", (int)out, (int)in, (int)rows, weight_by,
           (int)wrong);
+    for (int gaps = 0; gaps < 4; gaps++)
+        check_bfloat16_result(l, rows, out, in, df, w, gaps & 1 ? 5 : 0, gaps & 2 ? 3 : 0, gaps % 2 == 0);
     free(x);
     free(dy);
     free(xf);
@@ -362,6 +410,7 @@ int main(void)
             const char by = k ? SEL_BY_INNER : SEL_BY_MATMUL;
             check_bfloat16(33, 48, 64, by, threads);
             check_bfloat16(127, 65, 129, by, threads);
+            check_bfloat16(70, 1500, 96, by, threads);   /* sums long enough to be made in parts */
         }
     }
     check_backend(SEL_LINEAR_ONEDNN, "oneDNN ");

@@ -110,25 +110,61 @@ static void test_norm_outputs(const float *want, const float *dw_want, const flo
     for (int64_t i = 0; i < n; i++) CHECK(bare[i] == dx[i], "%s: backward without a residual [%" PRId64 "]", place, i);
 }
 
-/* heads = 0: rmsnorm, whose backward adds to dx; otherwise headnorm with rows x_row, y_row, ... apart.  D is the
-   norm's width in both. */
+/* Each row of y is `wide` values rounded to bfloat16 and `rest` of x, and 0xffff behind them. */
+static void check_rounded(const uint16_t *y, int64_t y_row, const float *want, int64_t want_row, const float *x,
+                          int64_t x_row, int64_t rows, int64_t wide, int64_t rest, const char *what)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        const uint16_t *const at = y + r * y_row;
+        CHECK(rounded(at, want + r * want_row, wide), "%s: %s is not float32 rounded, row %" PRId64, place, what, r);
+        CHECK(rounded(at + wide, x + r * x_row + wide, rest), "%s: the rest of %s, row %" PRId64, place, what, r);
+        for (int64_t d = wide + rest; d < y_row; d++)
+            CHECK(at[d] == 0xffff, "%s: gap of %s, row %" PRId64, place, what, r);
+    }
+}
+
+/* qk_norm's results in bfloat16 against its float32 ones y, dx and dw, which the caller checks against double. */
+static void test_qk_norm_bf16(const sel_qkv_rows *q, const float *y, int64_t y_row, const float *dy, const float *dx,
+                              const float *dw_before, const float *dw, int threads)
+{
+    const int64_t wide = (q->heads + q->kv_heads) * q->dh, n_y = q->rows * y_row, n_x = q->rows * q->x_row;
+    uint16_t *half = halves(n_y), *half1 = halves(n_y), *half_dx = halves(n_x);
+    float *dw1 = copy(dw_before, 2 * q->dh), *scratch = array(threads * 2 * q->dh);
+    memset(half, 0xff, (size_t)n_y * sizeof *half);
+    memset(half1, 0xff, (size_t)n_y * sizeof *half1);
+    memset(half_dx, 0xff, (size_t)n_x * sizeof *half_dx);
+    ops.qk_norm_forward(half, true, y_row, q, threads);
+    ops.qk_norm_again(half1, true, y_row, q, threads);
+    check_rounded(half, y_row, y, y_row, q->x, q->x_row, q->rows, wide, q->rest, "y");
+    check_rounded(half1, y_row, y, y_row, q->x, q->x_row, q->rows, wide, q->rest, "y rebuilt");
+    ops.qk_norm_backward(half_dx, true, q->x_row, dw1, dw1 + q->dh, dy, y_row, q, scratch, threads);
+    check_rounded(half_dx, q->x_row, dx, q->x_row, dy, y_row, q->rows, wide, q->rest, "dx");
+    CHECK(same(dw1, dw, 2 * q->dh), "%s: dw with bfloat16 dx", place);
+}
+
+/* heads = 0: rmsnorm, whose backward adds to dx; otherwise qk_norm, its last head k's, with rows x_row, y_row, ...
+   apart.  D is the norm's width in both. */
 static void test_norm(int64_t D, int heads, int threads, float size)
 {
-    enum { ROWS = 7 };
-    const int n = heads ? heads : 1;
-    const int64_t wide = n * D, x_row = wide + (heads ? 3 : 0), y_row = wide + (heads ? 5 : 0);
-    AT("%s D %" PRId64 " x %d threads %d size %g %s", heads ? "headnorm" : "rmsnorm", D, n, threads, (double)size,
+    enum { ROWS = 7, REST = 19 };
+    const int n = heads ? heads : 1, n_q = n - 1;
+    const int64_t wide = n * D, x_row = wide + (heads ? REST + 3 : 0), y_row = wide + (heads ? REST + 5 : 0);
+    AT("%s D %" PRId64 " x %d threads %d size %g %s", heads ? "qk_norm" : "rmsnorm", D, n, threads, (double)size,
        sel_cpu_level_name(ops.level));
     float *x = noise(ROWS * x_row, size), *y = noise(ROWS * y_row, 1.0f), *y1 = copy(y, ROWS * y_row);
-    const float *y_before = copy(y, ROWS * y_row), *w = noise(D, 2.0f);
+    const float *y_before = copy(y, ROWS * y_row), *w = noise(2 * D, 2.0f);
     for (int64_t d = 0; d < wide; d++) x[2 * x_row + d] = 0.0f;   /* a row of zeros */
     float *rstd = array(ROWS * n), *rstd1 = array(ROWS * n);
+    const sel_qkv_rows q = { .rows = ROWS, .heads = n_q, .kv_heads = 1, .dh = D, .rest = REST, .x = x, .x_row = x_row,
+                             .w_q = w, .w_k = w + D, .rstd_q = rstd, .rstd_k = rstd + ROWS * n_q };
     if (heads) {
-        ops.headnorm_forward(y, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
-        ops.headnorm_forward(y1, y_row, NULL, x, x_row, w, ROWS, heads, D, 1);
-        ops.headnorm_forward(y1, y_row, rstd1, x, x_row, w, ROWS, heads, D, 1);
+        sel_qkv_rows q1 = q;
+        q1.rstd_q = rstd1;
+        q1.rstd_k = rstd1 + ROWS * n_q;
+        ops.qk_norm_forward(y, false, y_row, &q, threads);
+        ops.qk_norm_forward(y1, false, y_row, &q1, 1);
         float *y2 = copy(y_before, ROWS * y_row);
-        ops.headnorm_again(y2, y_row, rstd, x, x_row, w, ROWS, heads, D, threads);
+        ops.qk_norm_again(y2, false, y_row, &q, threads);
         CHECK(same(y2, y, ROWS * y_row), "%s: y rebuilt differs from forward's", place);
     } else {
         ops.rmsnorm_forward(y, rstd, x, w, ROWS, D, threads);
@@ -149,51 +185,42 @@ static void test_norm(int64_t D, int heads, int threads, float size)
     }
 
     const float *dy = noise(ROWS * y_row, 1.0f);
-    float *dx = noise(ROWS * x_row, 0.1f), *dw = noise(D, 1.0f), *scratch = array(threads * D);
-    const float *dx_before = copy(dx, ROWS * x_row), *dw_before = copy(dw, D);
-    float *dx1 = copy(dx, ROWS * x_row), *dw1 = copy(dw, D), *own = copy(dy, ROWS * y_row), *dw2 = copy(dw, D);
+    float *dx = noise(ROWS * x_row, 0.1f), *dw = noise(2 * D, 1.0f), *scratch = array(threads * 2 * D);
+    const float *dx_before = copy(dx, ROWS * x_row), *dw_before = copy(dw, 2 * D);
+    float *dx1 = copy(dx, ROWS * x_row), *dw1 = copy(dw, 2 * D), *own = copy(dy, ROWS * y_row), *dw2 = copy(dw, 2 * D);
     if (heads) {
-        ops.headnorm_backward(dx, false, x_row, dw, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
-        ops.headnorm_backward(dx1, false, x_row, dw1, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
-        ops.headnorm_backward(own, false, y_row, dw2, own, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
+        ops.qk_norm_backward(dx, false, x_row, dw, dw + D, dy, y_row, &q, scratch, threads);
+        ops.qk_norm_backward(dx1, false, x_row, dw1, dw1 + D, dy, y_row, &q, scratch, threads);
+        ops.qk_norm_backward(own, false, y_row, dw2, dw2 + D, own, y_row, &q, scratch, threads);
         for (int64_t r = 0; r < ROWS; r++)
-            CHECK(same(own + r * y_row, dx + r * x_row, wide), "%s: dx in dy's place, row %" PRId64, place, r);
-        CHECK(same(dw2, dw, D), "%s: dw with dx in dy's place", place);
-        uint16_t *half = halves(ROWS * x_row), *half1 = halves(ROWS * x_row);
-        float *dw3 = copy(dw_before, D);
-        memset(half, 0xff, (size_t)(ROWS * x_row) * sizeof *half);
-        memset(half1, 0xff, (size_t)(ROWS * x_row) * sizeof *half1);
-        ops.headnorm_backward(half, true, x_row, dw3, dy, y_row, x, x_row, rstd, w, scratch, ROWS, heads, D, threads);
-        ops.round_rows(half1, x_row, dx, x_row, ROWS, wide, threads);
-        CHECK(memcmp(half, half1, (size_t)(ROWS * x_row) * sizeof *half) == 0 && same(dw3, dw, D),
-              "%s: bfloat16 dx is not float32 rounded", place);
-        for (int64_t r = 0; r < ROWS; r++) {
-            CHECK(rounded(half1 + r * x_row, dx + r * x_row, wide), "%s: round_rows, row %" PRId64, place, r);
-            for (int64_t d = wide; d < x_row; d++)
-                CHECK(half[r * x_row + d] == 0xffff, "%s: gap of bfloat16 dx, row %" PRId64, place, r);
-        }
+            CHECK(same(own + r * y_row, dx + r * x_row, wide) &&
+                      same(own + r * y_row + wide, dy + r * y_row + wide, y_row - wide),
+                  "%s: dx in dy's place, row %" PRId64, place, r);
+        CHECK(same(dw2, dw, 2 * D), "%s: dw with dx in dy's place", place);
+        test_qk_norm_bf16(&q, y, y_row, dy, dx, dw_before, dw, threads);
     } else {
         ops.rmsnorm_backward(dx, dx, NULL, NULL, dw, dy, x, rstd, w, scratch, ROWS, D, threads);
         ops.rmsnorm_backward(dx1, dx1, NULL, NULL, dw1, dy, x, rstd, w, scratch, ROWS, D, threads);
         test_norm_outputs(dx, dw, dx_before, dw_before, y, dy, x, rstd, w, ROWS, D, threads);
     }
-    CHECK(same(dx, dx1, ROWS * x_row) && same(dw, dw1, D), "%s: two runs differ", place);
+    CHECK(same(dx, dx1, ROWS * x_row) && same(dw, dw1, 2 * D), "%s: two runs differ", place);
 
     const norm_row o = norm_row_new(D);
-    double *sum_dw = calloc((size_t)(2 * D), sizeof *sum_dw), *size_dw = sum_dw + D;
+    double *sum_dw = calloc((size_t)(4 * D), sizeof *sum_dw), *size_dw = sum_dw + 2 * D;
     for (int64_t r = 0; r < ROWS; r++) {
         for (int64_t h = 0; h < n; h++) {
-            const int64_t xi = r * x_row + h * D, yi = r * y_row + h * D;
+            const int64_t xi = r * x_row + h * D, yi = r * y_row + h * D, k_head = heads && h == n_q ? 1 : 0;
+            const int64_t ri = k_head ? ROWS * n_q + r : r * (heads ? n_q : 1) + h;
             for (int64_t d = 0; d < D; d++) {
                 o.dy[d] = (double)dy[yi + d];
                 o.x[d] = (double)x[xi + d];
-                o.w[d] = (double)w[d];
+                o.w[d] = (double)w[k_head * D + d];
             }
             const double inverse = norm_inverse(o.x, D);
             norm_gradient(o.dy, o.x, o.w, D, o.dx, o.size, o.dw);
             /* half the sum's relative error, then the rounding of r itself */
             const double k = (DEPTH(D) + 1.0) / 2.0 + 1.0;
-            NEAR(rstd[r * n + h], inverse, k * U * inverse, "rstd", r * n + h);
+            NEAR(rstd[ri], inverse, k * U * inverse, "rstd", ri);
             for (int64_t d = 0; d < D; d++) {
                 const double want = o.x[d] * inverse * o.w[d];
                 NEAR(y[yi + d], want, (k + 2.0) * U * fabs(want), "y", yi + d);
@@ -201,8 +228,8 @@ static void test_norm(int64_t D, int heads, int threads, float size)
                 const double before = heads ? 0.0 : (double)dx_before[xi + d];
                 const double bound = U * ((3.0 * k + DEPTH(D) + 8.0) * o.size[d] + 2.0 * fabs(before));
                 NEAR(dx[xi + d], before + o.dx[d], bound, "dx", xi + d);
-                sum_dw[d] += o.dw[d];
-                size_dw[d] += fabs(o.dw[d]);
+                sum_dw[k_head * D + d] += o.dw[d];
+                size_dw[k_head * D + d] += fabs(o.dw[d]);
             }
         }
         for (int64_t d = wide; d < x_row; d++)
@@ -210,7 +237,7 @@ static void test_norm(int64_t D, int heads, int threads, float size)
         for (int64_t d = wide; d < y_row; d++)
             CHECK(y[r * y_row + d] == y_before[r * y_row + d], "%s: gap of y, row %" PRId64, place, r);
     }
-    for (int64_t d = 0; d < D; d++) {
+    for (int64_t d = 0; d < 2 * D; d++) {
         const double before = (double)dw_before[d], k = ROWS * n + threads + DEPTH(D) + 4.0;
         NEAR(dw[d], before + sum_dw[d], k * U * (size_dw[d] + fabs(before)), "dw", d);
     }
@@ -245,6 +272,7 @@ static void test_level(void)
     test_norm_nan();
     ops.rmsnorm_forward_bf16(NULL, NULL, NULL, NULL, 0, 8, 2);
     ops.residual_norm(NULL, true, NULL, NULL, NULL, NULL, NULL, 0, 8, 2);
+    ops.qk_norm_forward(NULL, true, 8, &(sel_qkv_rows){ .heads = 1, .dh = 8 }, 2);
 }
 
 int main(void)

@@ -38,7 +38,6 @@
     X(LM_HEAD_WEIGHT, "lm_head", "backward_weight")              \
     X(CROSS_ENTROPY, "cross_entropy", "forward")                 \
     X(SHARE, "share_keys", "step")                               \
-    X(CONVERT, "to_bfloat16", "step")                            \
     X(ZERO, "zero_gradients", "step")                            \
     X(REDUCE, "reduce", "step")                                  \
     X(GRADIENT_NORM, "gradient_norm", "step")                    \

@@ -7,6 +7,7 @@
 #include "core/base/mem.h"
 #include "core/base/rng.h"
 #include "core/bench/rounds.h"
+#include "dist/tree.h"
 
 void sel_bench_free(sel_bench_results *r)
 {
@@ -55,14 +56,18 @@ float *sel_bench_array(int64_t n, uint64_t stream)
     return x;
 }
 
-void *sel_bench_operand(const sel_bench *b, int64_t n, uint64_t stream)
+void *sel_bench_as_operand(const sel_bench *b, float *x, int64_t n)
 {
-    float *const x = sel_bench_array(n, stream);
     if (!x || b->dtype == SEL_FLOAT32) return x;
     uint16_t *const rounded = sel_alloc((size_t)n * sizeof *rounded, "a benchmark's array");
-    if (rounded) b->ops->to_bfloat16(rounded, x, n, b->threads);
+    if (rounded) sel_to_bfloat16(rounded, x, n, b->threads);
     sel_free(x);
     return rounded;
+}
+
+void *sel_bench_operand(const sel_bench *b, int64_t n, uint64_t stream)
+{
+    return sel_bench_as_operand(b, sel_bench_array(n, stream), n);
 }
 
 enum { PEAK_ROWS = 4096, PEAK_WIDTH = 768 };
@@ -229,7 +234,7 @@ static sel_status gemm_forward(void *ctx)
 static sel_status gemm_input(void *ctx)
 {
     gemm *g = ctx;
-    return sel_linear_backward_input(g->l, PEAK_ROWS, g->dy, g->out, g->dx, g->in);
+    return sel_linear_backward_input(g->l, PEAK_ROWS, g->dy, g->out, g->dx, SEL_FLOAT32, g->in);
 }
 static sel_status gemm_weight(void *ctx)
 {
@@ -321,10 +326,11 @@ static sel_status attention_carry_backward(void *ctx)
 sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, int64_t N, int64_t batch,
                                sel_bench_results *out)
 {
-    enum { Q, K, V, OUT, DOUT, DQ, DK, DV, ARRAYS };
+    enum { Q, K, V, OUT, DOUT, OPERANDS, DQ = OPERANDS, DK, DV, ARRAYS };
     static const char *const kinds[] = { "selective", "standard" };
     const int64_t row = heads * dh, seq = N * row, n = batch * seq;
-    float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
+    void *x[ARRAYS] = { 0 };
+    float *const lse = sel_bench_array(batch * heads * N, 9);
     float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
     float *const carry = sel_bench_array(batch * N, 11), *const dcarry = sel_bench_array(batch * N, 12);
     void *workspace = NULL;
@@ -333,7 +339,8 @@ sel_status sel_bench_attention(const sel_bench *b, int64_t heads, int64_t dh, in
     sel_status rc = lse && saved && carry && dcarry ? SEL_OK : SEL_ENOMEM;
 
     for (int i = 0; i < ARRAYS; i++)
-        if (!(x[i] = sel_bench_array(n, (uint64_t)i))) rc = SEL_ENOMEM;
+        if (!(x[i] = i < OPERANDS ? sel_bench_operand(b, n, (uint64_t)i) : sel_bench_array(n, (uint64_t)i)))
+            rc = SEL_ENOMEM;
     for (int i = 0; rc == SEL_OK && i < 2; i++) {
         const double flops = 4.0 * (double)dh * (double)N * (double)(N + 1) / 2.0 * (double)(heads * batch);
         t[i].ops = b->ops;

@@ -13,7 +13,7 @@ typedef struct {
     const sel_ops *ops;
     sel_attention a;
     sel_attention_grad g;
-    float *q, *k;                /* head 0's decide who dies: own arrays a case */
+    void *q, *k;                 /* head 0's decide who dies: own arrays a case */
     float *dead_after;
     double *live;
 } dead_case;
@@ -60,13 +60,14 @@ sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, in
     } shares[] = {
         {"all keys", 1.0}, {"live 1/2", 1.0 / 2}, {"live 1/4", 1.0 / 4}, {"live 1/8", 1.0 / 8}, {"live 1/16", 1.0 / 16},
     };
-    enum { V, OUT, DOUT, DQ, DK, DV, ARRAYS, CASES = sizeof shares / sizeof shares[0] };
+    enum { V, OUT, DOUT, OPERANDS, DQ = OPERANDS, DK, DV, ARRAYS, CASES = sizeof shares / sizeof shares[0] };
     const int64_t row = heads * dh, seq = N * row, n = batch * seq;
     /* A row tile's own keys are alive in it: of 32 rows up to 2,048, in the AVX-512 kernels. */
     const int64_t height = N <= 2048 ? 32 : 64, tiles = (N + height - 1) / height;
     const double pairs = (double)N * (double)(N + 1) / 2.0,
                  own = (double)(tiles * height * (height + 1) / 2) / pairs;
-    float *x[ARRAYS] = { 0 }, *lse = sel_bench_array(batch * heads * N, 9);
+    void *x[ARRAYS] = { 0 };
+    float *const lse = sel_bench_array(batch * heads * N, 9);
     float *const saved = sel_bench_array(batch * sel_attention_saved_size(N), 10);
     void *workspace = NULL;
     size_t bytes = 0;
@@ -76,18 +77,20 @@ sel_status sel_bench_dead_keys(const sel_bench *b, int64_t heads, int64_t dh, in
 
     memset(t, 0, sizeof t);
     for (int i = 0; i < ARRAYS; i++)
-        if (!(x[i] = sel_bench_array(n, (uint64_t)i))) rc = SEL_ENOMEM;
+        if (!(x[i] = i < OPERANDS ? sel_bench_operand(b, n, (uint64_t)i) : sel_bench_array(n, (uint64_t)i)))
+            rc = SEL_ENOMEM;
     for (int i = 0; i < CASES; i++) {
-        t[i].q = sel_bench_array(n, 20);
-        t[i].k = sel_bench_array(n, 21);
+        const double p = (shares[i].share - own) / (1.0 - own);
+        float *const q = sel_bench_array(n, 20), *const k = sel_bench_array(n, 21);
+        if (q && k) choose_victims(q, k, batch, N, row, dh, p, (uint64_t)i);
+        t[i].q = sel_bench_as_operand(b, q, n);
+        t[i].k = sel_bench_as_operand(b, k, n);
         t[i].dead_after = sel_bench_array(batch, 22);
         t[i].live = sel_alloc((size_t)batch * sizeof *t[i].live, "a benchmark's array");
         if (!t[i].q || !t[i].k || !t[i].dead_after || !t[i].live) rc = SEL_ENOMEM;
     }
     for (int i = 0; rc == SEL_OK && i < CASES; i++) {
-        const double p = (shares[i].share - own) / (1.0 - own),
-                     flops = 4.0 * (double)dh * pairs * (double)(heads * batch);
-        choose_victims(t[i].q, t[i].k, batch, N, row, dh, p, (uint64_t)i);
+        const double flops = 4.0 * (double)dh * pairs * (double)(heads * batch);
         for (int64_t s = 0; s < batch; s++) t[i].dead_after[s] = DEAD_AFTER;
         t[i].ops = b->ops;
         t[i].a = (sel_attention){ .B = batch, .heads = heads, .kv_heads = heads, .dh = dh, .i1 = N, .selective = true,

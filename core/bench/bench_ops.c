@@ -29,10 +29,12 @@ static sel_status rmsnorm_backward(void *ctx)
                              d->threads);
     return SEL_OK;
 }
-static sel_status headnorm_forward(void *ctx)
+static sel_status qk_norm_forward(void *ctx)
 {
     data *d = ctx;
-    d->ops->headnorm_forward(d->y, d->D, d->rstd, d->x, d->D, d->w, d->rows, d->D / HEAD, HEAD, d->threads);
+    const sel_qkv_rows r = { .rows = d->rows, .heads = d->D / HEAD, .dh = HEAD, .x = d->x, .x_row = d->D, .w_q = d->w,
+                             .rstd_q = d->rstd };
+    d->ops->qk_norm_forward(d->y, false, d->D, &r, d->threads);
     return SEL_OK;
 }
 static sel_status swiglu_forward(void *ctx)
@@ -89,7 +91,7 @@ sel_status sel_bench_ops(const sel_bench *b, int64_t rows, int64_t D, sel_bench_
     } list[] = {
         {"rmsnorm", "forward", rmsnorm_forward, 2.0 * row},
         {"rmsnorm", "backward", rmsnorm_backward, 4.0 * row},
-        {"headnorm", "forward", headnorm_forward, 2.0 * row},
+        {"qk_norm", "forward", qk_norm_forward, 2.0 * row},
         {"swiglu", "forward", swiglu_forward, 3.0 * row},
         {"residual_norm", "forward", residual_norm, 4.0 * row},
         {"sum_squares", "step", sum_squares, row},

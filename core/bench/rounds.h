@@ -26,7 +26,8 @@ sel_status sel_bench_rounds(const sel_bench *b, const sel_bench_case *cases, int
 /* n numbers, roughly unit normal; NULL when there is no memory. */
 float *sel_bench_array(int64_t n, uint64_t stream);
 
-/* The same as an operand of the engine's type. */
+/* The same as an operand of the engine's type; x [n], which it takes over, as such an operand (x NULL: NULL). */
 void *sel_bench_operand(const sel_bench *b, int64_t n, uint64_t stream);
+void *sel_bench_as_operand(const sel_bench *b, float *x, int64_t n);
 
 #endif

@@ -26,24 +26,17 @@ static const void *norm_backward(sel_model *m, const float *params, float *grads
 static const void *qkv_gradient(sel_model *m, const float *params, float *grads, int64_t l, int64_t T)
 {
     const sel_dims *d = &m->layout->dims;
-    const sel_ops *ops = m->opt.ops;
     const sel_layer_offsets *o = &m->layout->layers[l];
-    const sel_kept *k = &m->kept[l];
-    const int64_t q = q_width(d), kv = kv_width(d), row = qkv_width(d);
+    const sel_qkv_rows r = sel_model_qkv_rows(m, params, l, T);
+    const int64_t row = r.x_row, qk = q_width(d) + kv_width(d);
     const bool rounded = m->opt.bfloat16;
-    void *const dq = rounded ? (void *)m->dqkv16 : (void *)m->dqkv;
-    void *const dk = rounded ? (void *)(m->dqkv16 + q) : (void *)(m->dqkv + q);
+    void *const dqkv = rounded ? (void *)m->dqkv16 : (void *)m->dqkv;
 
-    ops->headnorm_backward(dq, rounded, row, grads + o->q_norm, m->dqkv, row, k->qkv, row, k->rstd_q,
-                           params + o->q_norm, m->partial, T, d->H, d->dh, m->opt.threads);
-    ops->headnorm_backward(dk, rounded, row, grads + o->k_norm, m->dqkv + q, row, k->qkv + q, row, k->rstd_k,
-                           params + o->k_norm, m->partial, T, d->Hkv, d->dh, m->opt.threads);
-    /* v, and the selection's own projections behind it */
-    if (rounded) ops->round_rows(m->dqkv16 + q + kv, row, m->dqkv + q + kv, row, T, row - q - kv, m->opt.threads);
+    m->opt.ops->qk_norm_backward(dqkv, rounded, row, grads + o->q_norm, grads + o->k_norm, m->dqkv, row, &r, m->partial,
+                                 m->opt.threads);
     sel_profile_lap(m->opt.profile, SEL_PART_QK_NORM_BACKWARD, 0.0,
-                    (double)T *
-                        (rounded ? 10.0 * (double)(q + kv) + 6.0 * (double)(row - q - kv) : 12.0 * (double)(q + kv)));
-    return dq;
+                    (double)T * (rounded ? 10.0 * (double)qk + 6.0 * (double)r.rest : 12.0 * (double)qk));
+    return dqkv;
 }
 
 /* Attention's gradients into m->dqkv. */
@@ -77,7 +70,7 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     const void *const dx = m->opt.bfloat16 ? (const void *)m->dx16 : m->dx;
 
     /* feed-forward half: silu(gate) * up and the norm's output come again with their gradients */
-    SEL_TRY(sel_model_product_input(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->da, d->F));
+    SEL_TRY(sel_model_product_input(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->da, SEL_FLOAT32, d->F));
     if (m->opt.bfloat16) ops->swiglu_backward_bf16(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
     else ops->swiglu_backward(m->dgu, m->act, m->da, k->gu, T, d->F, m->opt.threads);
     sel_profile_lap(m->opt.profile, SEL_PART_SWIGLU_BACKWARD, 0.0,
@@ -85,7 +78,7 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     SEL_TRY(sel_model_product_weight(m, w->down_proj, SEL_PART_DOWN_PROJ, T, dx, D, m->act, d->F, grads + o->down_proj,
                                      add));
     tick(m);
-    SEL_TRY(sel_model_product_input(m, w->gate_up, SEL_PART_GATE_UP, T, m->dgu, 2 * d->F, m->dh, D));
+    SEL_TRY(sel_model_product_input(m, w->gate_up, SEL_PART_GATE_UP, T, m->dgu, 2 * d->F, m->dh, SEL_FLOAT32, D));
     tick(m);
     const void *h = norm_backward(m, params, grads, o->ffn_norm, k->x_mid, k->rstd2, T);
     SEL_TRY(sel_model_product_weight(m, w->gate_up, SEL_PART_GATE_UP, T, m->dgu, 2 * d->F, h, D, grads + o->gate_up,
@@ -94,18 +87,17 @@ static sel_status backward_layer(sel_model *m, const float *params, float *grads
     tick(m);
 
     /* attention half */
-    SEL_TRY(sel_model_product_input(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, m->datt, q));
-    const void *const att = attention_operand(m, l, T);
-    SEL_TRY(sel_model_product_weight(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, att, q, grads + o->o_proj, add));
+    SEL_TRY(sel_model_product_input(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, m->datt, operand_type(m), q));
+    SEL_TRY(sel_model_product_weight(m, w->o_proj, SEL_PART_O_PROJ, T, dx, D, k->att, q, grads + o->o_proj, add));
     sel_model_norm_qk(m, params, l, T, true);
     tick(m);
     if (m->opt.sequence) sel_shared_attention_backward(m, l, batch, memory_scale);
     else attention_backward(m, l, batch, n, memory_scale);
     sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION_BACKWARD, 2.5 * attention_flops(d, batch, n) / m->chunks.ranks,
-                    (double)T * 4.0 * (double)(4 * q + 4 * kv));
+                    (double)T * ((double)operand_bytes(m) * (double)(3 * q + 2 * kv) + 4.0 * (double)(q + 2 * kv)));
     tick(m);
     const void *const dqkv = qkv_gradient(m, params, grads, l, T);
-    SEL_TRY(sel_model_product_input(m, w->qkv, SEL_PART_QKV, T, dqkv, qkv_row, m->dh, D));
+    SEL_TRY(sel_model_product_input(m, w->qkv, SEL_PART_QKV, T, dqkv, qkv_row, m->dh, SEL_FLOAT32, D));
     tick(m);
     h = norm_backward(m, params, grads, o->attn_norm, k->x_in, k->rstd1, T);
     return sel_model_product_weight(m, w->qkv, SEL_PART_QKV, T, dqkv, qkv_row, h, D, grads + o->qkv, add);

@@ -16,21 +16,22 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     const sel_dims *d = &m->layout->dims;
     const sel_attention_options *o = &m->opt.attention;
     const sel_kept *k = &m->kept[l];
-    const int64_t qk_row = q_width(d) + kv_width(d), qkv_row = qkv_width(d), q_row = q_width(d);
-    const float *const sel_q = d->bilinear ? k->qkv + sel_column(d) : NULL;
+    const int64_t row = normed_width(m), qkv_row = qkv_width(d), q = q_width(d), sel = sel_column(d);
+    void *const rest = m->opt.bfloat16 ? m->normed : k->qkv;   /* v and, bilinear, sel_q, sel_k: in rows of qkv_row */
 
     return (sel_attention){
         .B = batch, .heads = d->H, .kv_heads = d->Hkv, .dh = d->dh, .i0 = 0, .i1 = n,
         .selective = o->selective, .relu = o->relu, .protect_bos = o->protect_bos,
         .protect_self = o->protect_self, .shift = o->shift,
-        .q = m->qk, .q_seq = n * qk_row, .q_row = qk_row,
-        .k = m->qk + q_row, .k_seq = n * qk_row, .k_row = qk_row,
-        .v = k->qkv + q_row + kv_width(d), .v_seq = n * qkv_row, .v_row = qkv_row,
-        .sel_q = sel_q, .sel_q_seq = n * qkv_row, .sel_q_row = qkv_row,
-        .sel_k = d->bilinear ? sel_q + sel_width(d) : NULL, .sel_k_seq = n * qkv_row, .sel_k_row = qkv_row,
-        .out = k->att, .out_seq = n * q_row, .out_row = q_row,
-        .lse = k->lse, .saved = k->saved,
         .bfloat16 = m->opt.bfloat16,
+        .q = m->normed, .q_seq = n * row, .q_row = row,
+        .k = operand_at(m, m->normed, q), .k_seq = n * row, .k_row = row,
+        .v = operand_at(m, rest, q + kv_width(d)), .v_seq = n * qkv_row, .v_row = qkv_row,
+        .sel_q = d->bilinear ? operand_at(m, rest, sel) : NULL, .sel_q_seq = n * qkv_row, .sel_q_row = qkv_row,
+        .sel_k = d->bilinear ? operand_at(m, rest, sel + sel_width(d)) : NULL,
+        .sel_k_seq = n * qkv_row, .sel_k_row = qkv_row,
+        .out = k->att, .out_seq = n * q, .out_row = q,
+        .lse = k->lse, .saved = k->saved,
         .tau = o->epsilon > 0.0 ? o->tau : 0.0, .m_max = m->m_max, .m_row = k->m_row,
         .dead_after = sel_model_leaves_out(m) ? k->dead_after : NULL, .live = m->live,
         .dead_margin = dead_margin(m, n),
@@ -38,26 +39,27 @@ sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, 
     };
 }
 
-void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again)
+sel_qkv_rows sel_model_qkv_rows(const sel_model *m, const float *params, int64_t l, int64_t rows)
 {
     const sel_dims *d = &m->layout->dims;
-    const sel_ops *ops = m->opt.ops;
     const sel_layer_offsets *o = &m->layout->layers[l];
     const sel_kept *k = &m->kept[l];
-    const int64_t qk_row = q_width(d) + kv_width(d), row = qkv_width(d), q = q_width(d);
-    const int threads = pass_threads(m, rows);
+    return (sel_qkv_rows){ .rows = rows, .heads = d->H, .kv_heads = d->Hkv, .dh = d->dh,
+                           .rest = qkv_width(d) - q_width(d) - kv_width(d), .x = k->qkv, .x_row = qkv_width(d),
+                           .w_q = params + o->q_norm, .w_k = params + o->k_norm, .rstd_q = k->rstd_q,
+                           .rstd_k = k->rstd_k };
+}
 
-    if (again) {
-        ops->headnorm_again(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
-        ops->headnorm_again(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
-                            threads);
-    } else {
-        ops->headnorm_forward(m->qk, qk_row, k->rstd_q, k->qkv, row, params + o->q_norm, rows, d->H, d->dh, threads);
-        ops->headnorm_forward(m->qk + q, qk_row, k->rstd_k, k->qkv + q, row, params + o->k_norm, rows, d->Hkv, d->dh,
-                              threads);
-    }
+void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again)
+{
+    const sel_ops *ops = m->opt.ops;
+    const sel_qkv_rows r = sel_model_qkv_rows(m, params, l, rows);
+    const int64_t row = normed_width(m);
+
+    if (again) ops->qk_norm_again(m->normed, m->opt.bfloat16, row, &r, pass_threads(m, rows));
+    else ops->qk_norm_forward(m->normed, m->opt.bfloat16, row, &r, pass_threads(m, rows));
     sel_profile_lap(m->opt.profile, again ? SEL_PART_QK_NORM_BACKWARD : SEL_PART_QK_NORM, 0.0,
-                    8.0 * (double)(rows * qk_row));
+                    (double)(rows * row) * (m->opt.bfloat16 ? 6.0 : 8.0));
 }
 
 /* Attention over the cached tokens and n new ones: their k, v and sel_k join the cache, F goes on from the carry. */
@@ -65,16 +67,19 @@ static void attend_cached(sel_model *m, int64_t l, int64_t batch, int64_t n)
 {
     const sel_dims *d = &m->layout->dims;
     const int64_t kv = kv_width(d), sel = sel_width(d), past = m->cached;
+    const size_t bytes = operand_bytes(m);
     sel_attention a = sel_model_attention(m, l, batch, n);
 
     for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0; i < n; i++) {
-            const int64_t to = (b * d->N + past + i) * kv;
-            memcpy(m->k_cache[l] + to, a.k + b * a.k_seq + i * a.k_row, (size_t)kv * sizeof(float));
-            memcpy(m->v_cache[l] + to, a.v + b * a.v_seq + i * a.v_row, (size_t)kv * sizeof(float));
+            const int64_t to = b * d->N + past + i;
+            memcpy(operand_at(m, m->k_cache[l], to * kv), sel_attention_at(&a, a.k, b * a.k_seq + i * a.k_row),
+                   (size_t)kv * bytes);
+            memcpy(operand_at(m, m->v_cache[l], to * kv), sel_attention_at(&a, a.v, b * a.v_seq + i * a.v_row),
+                   (size_t)kv * bytes);
             if (d->bilinear)
-                memcpy(m->sel_k_cache[l] + (b * d->N + past + i) * sel, a.sel_k + b * a.sel_k_seq + i * a.sel_k_row,
-                       (size_t)sel * sizeof(float));
+                memcpy(operand_at(m, m->sel_k_cache[l], to * sel),
+                       sel_attention_at(&a, a.sel_k, b * a.sel_k_seq + i * a.sel_k_row), (size_t)sel * bytes);
         }
     a.i0 = past;
     a.i1 = past + n;
@@ -141,9 +146,8 @@ static sel_status forward_layer(sel_model *m, const float *params, int64_t l, in
         for (int64_t b = 0; a.selective && a.tau > 0.0 && b < batch; b++) *memory += m->m_max[b];
     }
     sel_profile_lap(m->opt.profile, SEL_PART_ATTENTION, attention_flops(d, batch, n) / m->chunks.ranks,
-                    (double)T * 4.0 * (double)(2 * q_width(d) + 2 * kv_width(d)));
-    const void *att = attention_operand(m, l, T);
-    SEL_TRY(sel_model_product(m, w->o_proj, SEL_PART_O_PROJ, T, att, q_width(d), m->h, D));
+                    (double)T * (double)operand_bytes(m) * (double)(2 * q_width(d) + 2 * kv_width(d)));
+    SEL_TRY(sel_model_product(m, w->o_proj, SEL_PART_O_PROJ, T, k->att, q_width(d), m->h, D));
 
     h = residual_normed(m, params, o->ffn_norm, k->rstd2, k->x_mid, k->x_in, T);
     SEL_TRY(sel_model_product(m, w->gate_up, SEL_PART_GATE_UP, T, h, D, k->gu, 2 * d->F));

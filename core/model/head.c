@@ -34,7 +34,8 @@ sel_status sel_model_head(sel_model *m, const float *params, float *grads, bool 
         if (best) memcpy(best + r, m->best, (size_t)n);
         if (grads) {
             const void *const dy = m->opt.bfloat16 ? (const void *)m->logits16 : m->logits;
-            SEL_TRY(sel_model_product_input(m, m->lm_head, SEL_PART_LM_HEAD, n, dy, d->V, m->dh + r * d->D, d->D));
+            SEL_TRY(sel_model_product_input(m, m->lm_head, SEL_PART_LM_HEAD, n, dy, d->V, m->dh + r * d->D,
+                                            SEL_FLOAT32, d->D));
             SEL_TRY(sel_model_product_weight(m, m->lm_head, SEL_PART_LM_HEAD, n, dy, d->V, h, d->D,
                                              grads + m->layout->lm_head, add || r > 0));
         }

@@ -74,7 +74,7 @@ static void plan_kept(sel_model *m, arena *a, sel_kept *k)
     k->qkv = floats(a, T * qkv_width(d));
     k->rstd_q = floats(a, T * d->H);
     k->rstd_k = floats(a, T * d->Hkv);
-    k->att = floats(a, T * q_width(d));
+    k->att = take(a, T * q_width(d), operand_bytes(m));
     k->lse = floats(a, T * d->H);
     k->saved = train && m->opt.attention.selective ? floats(a, saved_floats(m)) : NULL;
     k->m_row = take(a, b, sizeof *k->m_row);
@@ -118,22 +118,20 @@ static void plan_attention_half(sel_model *m, arena *a)
 {
     const sel_dims *d = &m->layout->dims;
     const int64_t T = own_rows(m, m->opt.batch, m->opt.tokens);
-    m->qk = floats(a, T * (q_width(d) + kv_width(d)));
-    if (m->opt.bfloat16) m->att16 = take(a, T * q_width(d), sizeof *m->att16);
+    m->normed = take(a, T * normed_width(m), operand_bytes(m));
     if (m->opt.use != SEL_USE_TRAIN) return;
     m->dqkv = floats(a, T * qkv_width(d));
-    m->datt = floats(a, T * q_width(d));
+    m->datt = take(a, T * q_width(d), operand_bytes(m));
     if (m->opt.bfloat16) m->dqkv16 = take(a, T * qkv_width(d), sizeof *m->dqkv16);
 }
 
 static void plan_feed_forward_half(sel_model *m, arena *a)
 {
     const int64_t n = own_rows(m, m->opt.batch, m->opt.tokens) * m->layout->dims.F;
-    const size_t operand_bytes = m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float);
-    m->act = take(a, n, operand_bytes);
+    m->act = take(a, n, operand_bytes(m));
     if (m->opt.use != SEL_USE_TRAIN) return;
     m->da = floats(a, n);
-    m->dgu = take(a, 2 * n, operand_bytes);
+    m->dgu = take(a, 2 * n, operand_bytes(m));
 }
 
 static void plan_memory(sel_model *m, arena *a)
@@ -171,7 +169,7 @@ static void plan_memory(sel_model *m, arena *a)
     if (train) {
         m->dx = floats(a, T * d->D);
         m->dh = floats(a, T * d->D);
-        m->partial = floats(a, m->opt.threads * most(d->D, d->dh));
+        m->partial = floats(a, m->opt.threads * most(d->D, 2 * d->dh));
         if (m->opt.bfloat16) m->dx16 = take(a, T * d->D, sizeof *m->dx16);
     }
 
@@ -189,9 +187,9 @@ static void plan_memory(sel_model *m, arena *a)
     if (feed_forward_end > a->used) a->used = feed_forward_end;
 
     for (int64_t l = 0; m->opt.use == SEL_USE_DECODE && l < d->L; l++) {
-        m->k_cache[l] = floats(a, b * d->N * kv_width(d));
-        m->v_cache[l] = floats(a, b * d->N * kv_width(d));
-        if (d->bilinear) m->sel_k_cache[l] = floats(a, b * d->N * sel_width(d));
+        m->k_cache[l] = take(a, b * d->N * kv_width(d), operand_bytes(m));
+        m->v_cache[l] = take(a, b * d->N * kv_width(d), operand_bytes(m));
+        if (d->bilinear) m->sel_k_cache[l] = take(a, b * d->N * sel_width(d), operand_bytes(m));
         m->carry[l] = floats(a, b * d->N);
     }
 }
@@ -213,11 +211,11 @@ static sel_status make_linears(sel_model *m)
 
     /* The full micro-batch's primitives are made now; other sizes (a last, shorter call) at their first use. */
     const int64_t T = own_rows(m, m->opt.batch, m->opt.tokens);
-    SEL_TRY(sel_linear_prepare(m->linears[0].qkv, T, d->D, qkv_width(d)));
-    SEL_TRY(sel_linear_prepare(m->linears[0].o_proj, T, q_width(d), d->D));
-    SEL_TRY(sel_linear_prepare(m->linears[0].gate_up, T, d->D, 2 * d->F));
-    SEL_TRY(sel_linear_prepare(m->linears[0].down_proj, T, d->F, d->D));
-    return sel_linear_prepare(m->lm_head, m->logit_rows, d->D, d->V);
+    SEL_TRY(sel_linear_prepare(m->linears[0].qkv, T, d->D, qkv_width(d), SEL_FLOAT32));
+    SEL_TRY(sel_linear_prepare(m->linears[0].o_proj, T, q_width(d), d->D, operand_type(m)));
+    SEL_TRY(sel_linear_prepare(m->linears[0].gate_up, T, d->D, 2 * d->F, SEL_FLOAT32));
+    SEL_TRY(sel_linear_prepare(m->linears[0].down_proj, T, d->F, d->D, SEL_FLOAT32));
+    return sel_linear_prepare(m->lm_head, m->logit_rows, d->D, d->V, SEL_FLOAT32);
 }
 
 sel_status sel_model_new(sel_model **out, const sel_layout *layout, const sel_model_options *o)

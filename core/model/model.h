@@ -51,7 +51,7 @@ typedef struct {
 /* The attention options that a configuration asks for. */
 sel_attention_options sel_attention_options_of(const sel_config *c);
 
-/* Floats of a token's row of keys that ranks share: its keys, values and, bilinear, sel_k. */
+/* Values of a token's row of keys that ranks share: its keys, values and, bilinear, sel_k. */
 int64_t sel_model_keys_width(const sel_dims *d);
 
 /* The layout must outlive the model; projections for the selection (dims.bilinear) need attention.selective.

@@ -16,7 +16,7 @@ typedef struct {
     float *qkv;       /* [T][qkv_width]   q, k (before their norm), v; sel_q, sel_k where the layer has them */
     float *rstd_q;    /* [T][H]   of the q norm */
     float *rstd_k;    /* [T][Hkv] */
-    float *att;       /* [T][H dh]   attention's output */
+    void *att;        /* [T][H dh]   attention's output, an operand */
     float *lse;       /* [batch][H][tokens]; shared sequences: [chunks][batch][H][each] */
     float *saved;     /* [batch][carries][tokens]; shared: one after another those of each chunk */
     int64_t *m_row;   /* [batch]  row of the memory loss */
@@ -51,10 +51,9 @@ struct sel_model {
 
     /* scratch */
     float *h;                     /* [T][D]   a branch's result; a norm's output where operands are float32 */
-    float *qk;                    /* [T][(H + Hkv) dh]   normed q, then k */
+    void *normed;                 /* [T][normed_width]   operands: q and k after their norm, and see normed_width */
     void *act;                    /* [T][F]   silu(gate) * up, an operand */
-    uint16_t *h16;                /* [T][D]   a norm's output as bfloat16; these four only where operands are */
-    uint16_t *att16;              /* [T][H dh] */
+    uint16_t *h16;                /* [T][D]   a norm's output as bfloat16; these three only where operands are */
     uint16_t *logits16;           /* [logit_rows][V]   gradient */
     uint16_t *dx16, *dqkv16;      /* [T][D]: dx rounded; [T][qkv_width] */
     float *logits;                /* [logit_rows][V] */
@@ -70,10 +69,10 @@ struct sel_model {
     /* training */
     float *dx, *dh;               /* [T][D] */
     float *dqkv;                  /* [T][qkv_width] */
-    float *datt;                  /* [T][H dh] */
+    void *datt;                   /* [T][H dh], an operand */
     void *dgu;                    /* [T][2 F], an operand */
     float *da;                    /* [T][F] */
-    float *partial;               /* [threads][max(D, dh)] */
+    float *partial;               /* [threads][max(D, 2 dh)] */
 
     /* sequences shared with other ranks (shared.c) */
     sel_chunks chunks;            /* ranks 1, chunks 1 where they are not */
@@ -81,8 +80,8 @@ struct sel_model {
     sel_finding *found, *all_found;   /* [L][batch] of this rank; [ranks] of them */
 
     /* decoding */
-    float **k_cache, **v_cache;   /* [L] of [batch][N][Hkv dh] */
-    float **sel_k_cache;          /* [L] of [batch][N][dh], where the selection has projections of its own */
+    void **k_cache, **v_cache;    /* [L] of [batch][N][Hkv dh], operands */
+    void **sel_k_cache;           /* [L] of [batch][N][dh], where the selection has projections of its own */
     float **carry;                /* [L] of [batch][N]: F of each cached token */
     int64_t cached;
 };
@@ -93,6 +92,22 @@ static inline int64_t kv_width(const sel_dims *d) { return d->Hkv * d->dh; }
 static inline int64_t sel_width(const sel_dims *d) { return d->bilinear ? d->dh : 0; }
 static inline int64_t qkv_width(const sel_dims *d) { return q_width(d) + 2 * kv_width(d) + 2 * sel_width(d); }
 static inline int64_t sel_column(const sel_dims *d) { return q_width(d) + 2 * kv_width(d); }   /* sel_q's in qkv */
+
+/* The operands of matrix products are bfloat16 or float32: bytes of one, and where the i-th of an array lies. */
+static inline sel_dtype operand_type(const sel_model *m) { return m->opt.bfloat16 ? SEL_BFLOAT16 : SEL_FLOAT32; }
+static inline size_t operand_bytes(const sel_model *m) { return m->opt.bfloat16 ? sizeof(uint16_t) : sizeof(float); }
+static inline void *operand_at(const sel_model *m, void *x, int64_t i)
+{
+    return (char *)x + i * (int64_t)operand_bytes(m);
+}
+
+/* Of a row of m->normed.  In bfloat16 v and the selection's projections follow q and k, rounded, as they lie in qkv; in
+   float32 attention reads them there. */
+static inline int64_t normed_width(const sel_model *m)
+{
+    const sel_dims *d = &m->layout->dims;
+    return m->opt.bfloat16 ? qkv_width(d) : q_width(d) + kv_width(d);
+}
 
 /* Tokens of this rank in `batch` sequences of n. */
 static inline int64_t own_rows(const sel_model *m, int64_t batch, int64_t n) { return batch * n / m->chunks.ranks; }
@@ -110,8 +125,7 @@ static inline double attention_flops(const sel_dims *d, int64_t batch, int64_t n
 /* Threads for the passes over `rows` rows: one where waking another costs more than it takes over (decoding). */
 static inline int pass_threads(const sel_model *m, int64_t rows) { return rows < 32 ? 1 : m->opt.threads; }
 
-/* The attention call of layer l for `batch` sequences of n tokens, without a cache: q and k normed in m->qk, v in
-   the layer's qkv. */
+/* The attention call of layer l for `batch` sequences of n tokens, without a cache, on what sel_model_norm_qk made. */
 sel_attention sel_model_attention(const sel_model *m, int64_t l, int64_t batch, int64_t n);
 
 /* Whether attention leaves out dead keys (spec, section 3.1). */
@@ -128,7 +142,7 @@ void sel_shared_findings(sel_model *m, int64_t batch, double *memory);
 void sel_shared_attention_backward(sel_model *m, int64_t l, int64_t batch, double memory_scale);
 
 /* The attention call of one of this rank's chunks, keys where the ranks share them (NULL: sizes only).  (shared.c) */
-sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int k, const float *keys);
+sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int k, const void *keys);
 
 /* The F beyond which a key is left out, from the gap that attention_gap found over a sequence of n.  (forward.c) */
 float sel_model_dead_after(const sel_model *m, float gap, int64_t n);
@@ -143,24 +157,15 @@ static inline float memory_coefficient(const sel_model *m, int64_t n, double mem
    which is still to be added.  (forward.c) */
 sel_status sel_model_forward(sel_model *m, const float *params, int64_t batch, int64_t n, double *memory);
 
-/* Attention's output of a layer, `rows` rows, as an operand of o_proj. */
-static inline const void *attention_operand(const sel_model *m, int64_t l, int64_t rows)
-{
-    const int64_t n = rows * q_width(&m->layout->dims);
-    if (!m->opt.bfloat16) return m->kept[l].att;
-    m->opt.ops->to_bfloat16(m->att16, m->kept[l].att, n, pass_threads(m, rows));
-    sel_profile_lap(m->opt.profile, SEL_PART_CONVERT, 0.0, 6.0 * (double)n);
-    return m->att16;
-}
-
 /* Where a norm's output goes that is an operand of a product. */
 static inline void *norm_operand(const sel_model *m) { return m->opt.bfloat16 ? (void *)m->h16 : (void *)m->h; }
 
-/* A layer's products, each a lap of the profile: `part` is the layer's forward one.  (product.c) */
+/* A layer's products, each a lap of the profile: `part` is the layer's forward one.  dx is an array of `type`.
+   (product.c) */
 sel_status sel_model_product(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *x,
                              int64_t x_row, float *y, int64_t y_row);
 sel_status sel_model_product_input(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *dy,
-                                   int64_t dy_row, float *dx, int64_t dx_row);
+                                   int64_t dy_row, void *dx, sel_dtype type, int64_t dx_row);
 sel_status sel_model_product_weight(const sel_model *m, sel_linear *w, sel_part part, int64_t rows, const void *dy,
                                     int64_t dy_row, const void *x, int64_t x_row, float *dw, bool add);
 
@@ -176,7 +181,10 @@ static inline const void *residual_normed(const sel_model *m, const float *param
     return h;
 }
 
-/* Normed q and k of a layer's qkv into m->qk, forward, or again for backward. */
+/* A layer's rows of qkv for the q/k norm. */
+sel_qkv_rows sel_model_qkv_rows(const sel_model *m, const float *params, int64_t l, int64_t rows);
+
+/* What attention reads of a layer's qkv into m->normed, forward, or again for backward. */
 void sel_model_norm_qk(const sel_model *m, const float *params, int64_t l, int64_t rows, bool again);
 
 /* Rows of the output matrix in slices: log-probabilities, and, grads not NULL, gradients: of the output matrix (=, or

@@ -10,30 +10,29 @@
 #include <math.h>
 #include <string.h>
 #include "core/model/plan.h"
-#include "dist/tree.h"
 
 static int place_of(const sel_model *m, int k) { return sel_chunk_place(&m->chunks, m->chunks.rank, k); }
 
-sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int k, const float *keys)
+sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int k, const void *keys)
 {
     const sel_dims *d = &m->layout->dims;
     const sel_chunks *const c = &m->chunks;
     const int64_t each = c->each, row = k * batch * each, width = sel_model_keys_width(d), place = place_of(m, k);
-    const int64_t qk_row = q_width(d) + kv_width(d), qkv_row = qkv_width(d), kv = kv_width(d);
+    const int64_t kv = kv_width(d);
     sel_attention a = sel_model_attention(m, l, batch, each);
 
     a.i0 = place * each;
     a.i1 = a.i0 + each;
-    a.q += row * qk_row;
-    a.out += row * a.out_row;
+    a.q = sel_attention_at(&a, a.q, row * a.q_row);
+    a.out = operand_at(m, a.out, row * a.out_row);
     a.lse += row * d->H;
     a.k = keys;
-    a.v = keys ? keys + kv : NULL;
+    a.v = keys ? sel_attention_at(&a, keys, kv) : NULL;
     a.k_seq = a.v_seq = c->tokens * width;
     a.k_row = a.v_row = width;
     if (d->bilinear) {
-        a.sel_q += row * qkv_row;
-        a.sel_k = keys ? keys + 2 * kv : a.sel_q;   /* sizes only: given or not is all that counts */
+        a.sel_q = sel_attention_at(&a, a.sel_q, row * a.sel_q_row);
+        a.sel_k = keys ? sel_attention_at(&a, keys, 2 * kv) : a.sel_q;   /* sizes only: all that counts is whether */
         a.sel_k_seq = a.k_seq;
         a.sel_k_row = width;
     }
@@ -45,41 +44,36 @@ sel_attention sel_shared_call(const sel_model *m, int64_t l, int64_t batch, int 
     return a;
 }
 
-/* n numbers of a key, as attention reads them where its operands are bfloat16: then less need be sent. */
-static void copy_key(const sel_model *m, float *to, const float *from, int64_t n)
-{
-    if (m->opt.bfloat16) sel_round_bfloat16(to, from, n);
-    else memcpy(to, from, (size_t)n * sizeof *to);
-}
-
 /* [collective] This rank's normed k, v and sel_k to the others; the keys of all. */
-static const float *share_keys(const sel_model *m, int64_t l, int64_t batch)
+static const void *share_keys(const sel_model *m, int64_t l, int64_t batch)
 {
     const sel_dims *d = &m->layout->dims;
     const sel_chunks *const c = &m->chunks;
     const int64_t kv = kv_width(d), sel = sel_width(d), width = sel_model_keys_width(d), each = c->each;
-    const int64_t qk_row = q_width(d) + kv, qkv_row = qkv_width(d);
-    float *const keys = sel_sequence_begin(m->opt.sequence);
+    const sel_attention own = sel_model_attention(m, l, batch, each);
+    const size_t bytes = operand_bytes(m);
+    void *const keys = sel_sequence_begin(m->opt.sequence);
 
     for (int k = 0; k < c->chunks; k++) {
-        const float *const normed = m->qk + k * batch * each * qk_row + q_width(d);
-        const float *const raw = m->kept[l].qkv + k * batch * each * qkv_row;
-        float *const to = keys + place_of(m, k) * each * width;
+        const int64_t first = k * batch * each, place = place_of(m, k) * each;
 #pragma omp parallel for num_threads(m->opt.threads) schedule(static)
         for (int64_t r = 0; r < batch * each; r++) {
-            float *const at = to + (r / each * c->tokens + r % each) * width;
-            copy_key(m, at, normed + r * qk_row, kv);
-            copy_key(m, at + kv, raw + r * qkv_row + q_width(d) + kv, kv);
-            copy_key(m, at + 2 * kv, raw + r * qkv_row + sel_column(d) + sel, sel);
+            char *const to = operand_at(m, keys, (r / each * c->tokens + place + r % each) * width);
+            memcpy(to, sel_attention_at(&own, own.k, (first + r) * own.k_row), (size_t)kv * bytes);
+            memcpy(operand_at(m, to, kv), sel_attention_at(&own, own.v, (first + r) * own.v_row), (size_t)kv * bytes);
+            if (sel == 0) continue;
+            memcpy(operand_at(m, to, 2 * kv), sel_attention_at(&own, own.sel_k, (first + r) * own.sel_k_row),
+                   (size_t)sel * bytes);
         }
     }
     sel_sequence_share(m->opt.sequence, batch);
-    sel_profile_lap(m->opt.profile, SEL_PART_SHARE, 0.0, 8.0 * (double)(c->chunks * batch * each * width));
+    sel_profile_lap(m->opt.profile, SEL_PART_SHARE, 0.0,
+                    2.0 * (double)bytes * (double)(c->chunks * batch * each * width));
     return keys;
 }
 
 /* [collective] Column sums of S over the rows of each chunk, and the gap of dead keys, from all to all. */
-static void share_carries(const sel_model *m, int64_t l, int64_t batch, const float *keys)
+static void share_carries(const sel_model *m, int64_t l, int64_t batch, const void *keys)
 {
     sel_sequence *const q = m->opt.sequence;
     float *const dead_after = m->kept[l].dead_after;
@@ -101,7 +95,7 @@ static void share_carries(const sel_model *m, int64_t l, int64_t batch, const fl
 
 void sel_shared_attention(sel_model *m, int64_t l, int64_t batch)
 {
-    const float *const keys = share_keys(m, l, batch);
+    const void *const keys = share_keys(m, l, batch);
     sel_finding *const found = m->found + l * batch;
 
     if (m->opt.attention.selective) share_carries(m, l, batch, keys);
@@ -164,7 +158,7 @@ static sel_attention_grad gradients_of(const sel_model *m, int64_t batch, int k,
     float *const keys = sel_sequence_gradients(m->opt.sequence, k), *const queries = m->dqkv + row * qkv_row;
 
     return (sel_attention_grad){
-        .dout = m->datt + row * q_width(d),
+        .dout = operand_at(m, m->datt, row * q_width(d)),
         .dq = queries, .dq_seq = each * qkv_row, .dq_row = qkv_row,
         .dk = keys, .dk_seq = seq, .dk_row = width,
         .dv = keys + kv, .dv_seq = seq, .dv_row = width,
@@ -198,7 +192,7 @@ void sel_shared_attention_backward(sel_model *m, int64_t l, int64_t batch, doubl
 {
     sel_sequence *const q = m->opt.sequence;
     const int places = m->chunks.ranks * m->chunks.chunks;
-    const float *const keys = share_keys(m, l, batch);
+    const void *const keys = share_keys(m, l, batch);
 
     for (int k = 0; k < m->chunks.chunks; k++) {
         const sel_attention a = sel_shared_call(m, l, batch, k, keys);
