@@ -55,11 +55,12 @@ static sel_linear_choice *choice_find(const sel_linear_engine *e, int64_t out, i
     return NULL;
 }
 
-/* Without a choice.  oneDNN's matmul falls behind where the gradient has more columns than rows (down_proj). */
-static void usual_makers(char by[SEL_LINEAR_PASSES], int64_t out, int64_t in)
+/* Without a choice.  oneDNN's matmul falls behind where the gradient has more columns than rows (down_proj), in bfloat16
+   where it has not many fewer (o_proj, qkv). */
+static void usual_makers(char by[SEL_LINEAR_PASSES], sel_dtype dtype, int64_t out, int64_t in)
 {
     memset(by, SEL_BY_MATMUL, SEL_LINEAR_PASSES);
-    if (in > out) by[SEL_LINEAR_WEIGHT] = SEL_BY_INNER;
+    if (in > out || (dtype == SEL_BFLOAT16 && 4 * in >= out)) by[SEL_LINEAR_WEIGHT] = SEL_BY_INNER;
 }
 
 sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c)
@@ -106,7 +107,7 @@ sel_status sel_linear_new(sel_linear **l, sel_linear_engine *e, int64_t out, int
     made->backward = backward;
     const sel_linear_choice *const chosen = choice_find(e, out, in);
     if (chosen) memcpy(made->by, chosen->by, sizeof made->by);
-    else usual_makers(made->by, out, in);
+    else usual_makers(made->by, e->dtype, out, in);
     e->matrices++;
     const int before = threads_set(e->threads);
     const sel_status rc = e->calls->make(made);
@@ -262,7 +263,7 @@ sel_status sel_linear_probe(sel_linear_engine *e, int64_t rows, sel_linear_choic
     const sel_linear_choice *const before = choice_find(e, c->out, c->in);
     sel_linear_choice restored = { .out = c->out, .in = c->in };
     if (before) restored = *before;
-    else usual_makers(restored.by, c->out, c->in);
+    else usual_makers(restored.by, e->dtype, c->out, c->in);
     const sel_status rc = probe_letters(e, rows, c, block + n_x + n_y, block, block + n_x, block + n_x + n_y + n_w);
     sel_free(block);
     SEL_TRY(rc);
