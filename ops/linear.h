@@ -42,7 +42,8 @@ typedef struct {
 
 /* For a oneDNN engine, before any matrix of that shape is made: who makes its products from now on.  Where nothing
    was chosen: oneDNN's matmul, or, for the weight gradient of a matrix with more columns than rows (in
-   bfloat16: at least a quarter as many), its inner product.  SEL_EUSER for a letter that does not fit the pass or the type. */
+   bfloat16: at least a quarter as many), its inner product.  SEL_EUSER for a letter that does not fit the pass or the
+   type. */
 sel_status sel_linear_choose(sel_linear_engine *e, const sel_linear_choice *c);
 
 /* Measures all that may make the products of a matrix [c->out][c->in] with `rows` rows and writes the fastest into
