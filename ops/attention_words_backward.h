@@ -10,6 +10,7 @@
 #define SEL_OPS_ATTENTION_WORDS_BACKWARD_H
 
 #include <omp.h>
+#include "ops/attention_words_forward.h"
 #include "ops/attention_words_gradients.h"
 
 typedef struct {

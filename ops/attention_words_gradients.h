@@ -8,7 +8,7 @@
 #ifndef SEL_OPS_ATTENTION_WORDS_GRADIENTS_H
 #define SEL_OPS_ATTENTION_WORDS_GRADIENTS_H
 
-#include "ops/attention_words_forward.h"
+#include "ops/attention_words_tile.h"
 
 /* TILE keys of one head, and where their gradients gather. */
 typedef struct {

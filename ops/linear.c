@@ -55,8 +55,8 @@ static sel_linear_choice *choice_find(const sel_linear_engine *e, int64_t out, i
     return NULL;
 }
 
-/* Without a choice.  oneDNN's matmul falls behind where the gradient has more columns than rows (down_proj), in bfloat16
-   where it has not many fewer (o_proj, qkv). */
+/* Without a choice.  oneDNN's matmul falls behind where the gradient has more columns than rows (down_proj), in
+   bfloat16 where it has not many fewer (o_proj, qkv). */
 static void usual_makers(char by[SEL_LINEAR_PASSES], sel_dtype dtype, int64_t out, int64_t in)
 {
     memset(by, SEL_BY_MATMUL, SEL_LINEAR_PASSES);

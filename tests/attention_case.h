@@ -356,6 +356,17 @@ static void tensor_read(const tensor *t, float *x, int64_t N, int64_t i0, bool a
             }
 }
 
+/* The rows that make S where they are not head 0's, rows from i0 on. */
+static void give_selection(sel_attention *a, const arrays *in, int64_t i0)
+{
+    a->sel_q = tensor_at(&in->sel_q, i0);
+    a->sel_q_seq = in->sel_q.seq;
+    a->sel_q_row = in->sel_q.row;
+    a->sel_k = in->sel_k.x;
+    a->sel_k_seq = in->sel_k.seq;
+    a->sel_k_row = in->sel_k.row;
+}
+
 /* Scratch of just the size asked for, full of NaN. */
 static void *workspace_new(const sel_attention *a, bool backward)
 {
@@ -403,14 +414,7 @@ static piece piece_forward(const problem *p, const sel_ops *ops, const arrays *i
             }
         }
     }
-    if (p->sel_q) {
-        c.a.sel_q = tensor_at(&in->sel_q, i0);
-        c.a.sel_q_seq = in->sel_q.seq;
-        c.a.sel_q_row = in->sel_q.row;
-        c.a.sel_k = in->sel_k.x;
-        c.a.sel_k_seq = in->sel_k.seq;
-        c.a.sel_k_row = in->sel_k.row;
-    }
+    if (p->sel_q) give_selection(&c.a, in, i0);
     if (i0 % 2) c.a.carry_in = o->carry;      /* in place */
     c.a.workspace = workspace_new(&c.a, false);
     ops->attention_forward(&c.a);
@@ -482,14 +486,7 @@ static void measure_gap(const problem *p, const sel_ops *ops, const arrays *in, 
                         .protect_self = p->a.protect_self, .shift = p->a.shift, .bfloat16 = bfloat16,
                         .q = tensor_at(&in->q, i0), .q_seq = in->q.seq, .q_row = in->q.row,
                         .k = in->k.x, .k_seq = in->k.seq, .k_row = in->k.row, .threads = threads };
-    if (p->sel_q) {
-        a.sel_q = tensor_at(&in->sel_q, i0);
-        a.sel_q_seq = in->sel_q.seq;
-        a.sel_q_row = in->sel_q.row;
-        a.sel_k = in->sel_k.x;
-        a.sel_k_seq = in->sel_k.seq;
-        a.sel_k_row = in->sel_k.row;
-    }
+    if (p->sel_q) give_selection(&a, in, i0);
     ops->attention_gap(&a, gap);
 }
 

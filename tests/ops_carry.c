@@ -27,12 +27,7 @@ static sel_attention selection_call(const problem *p, const arrays *in, int thre
                         .carry_seq = p->a.N, .threads = threads };
     if (p->sel_q) {
         a.q = a.k = NULL;
-        a.sel_q = tensor_at(&in->sel_q, i0);
-        a.sel_q_seq = in->sel_q.seq;
-        a.sel_q_row = in->sel_q.row;
-        a.sel_k = in->sel_k.x;
-        a.sel_k_seq = in->sel_k.seq;
-        a.sel_k_row = in->sel_k.row;
+        give_selection(&a, in, i0);
     }
     return a;
 }
